@@ -1,0 +1,15 @@
+"""detente: train one PyTorch network on several tasks whose gradients conflict.
+
+One line instead of ``loss.backward()``::
+
+    detente.backward({"depth": depth_loss, "segmentation": segmentation_loss}, detente.CAGrad(c=0.4))
+"""
+
+from detente import nn
+from detente.backward import aggregate, backward
+from detente.engine.source import Sampled
+from detente.method import GramianMethod, LossWeighting, Method, Update, cite, get_method, list_methods
+from detente.methods import *  # noqa: F403
+from detente.step import step
+
+__version__ = "0.1.0"

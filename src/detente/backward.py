@@ -1,0 +1,380 @@
+"""One backward pass over several losses: the line that replaces ``loss.backward()``."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detente.engine.graph import Reach, reach
+from detente.engine.jacobian import Jacobian
+from detente.engine.source import Row, Sampled, every_task, spread
+from detente.method import Context, GramianMethod, LossWeighting, Method, Update
+
+__all__ = ["aggregate", "backward"]
+
+Losses = Mapping[str, Tensor] | Sequence[Tensor]
+
+
+def backward(
+    losses: Losses,
+    method: Method,
+    *,
+    shared: Iterable[Tensor] | None = None,
+    source: str | Sampled = "parameters",
+    granularity: str | None = None,
+    weighting: LossWeighting | None = None,
+    scale: float = 1.0,
+) -> Update:
+    """Resolve the conflicts between the tasks' gradients and write the update into ``.grad``.
+
+    Use it where you called ``sum(losses).backward()``. Parameters reached by two or more losses receive the method's
+    update; those reached by one loss, the heads, receive their own loss's gradient (or the weighted loss's, where
+    the method's paper does so). ``.grad`` accumulates as with ``loss.backward()``.
+
+    Args:
+        losses: ``{task: scalar loss}``, or a sequence of scalar losses (the tasks are then named ``"0"``, ``"1"``,
+            ...). A step may bring only some of the tasks, in any order.
+        method: a method of this library, such as ``detente.CAGrad()``.
+        shared: parameters to treat as shared; None finds them from the autograd graph. With a single loss nothing is
+            shared unless you say so, and every parameter gets its plain gradient.
+        source: ``"parameters"`` (the gradients of all tasks) or :class:`detente.Sampled`.
+        granularity: ``"model"``, ``"layer"`` (one set of coefficients per parameter tensor) or ``"channel"`` (per
+            index of the first dimension); None is the method's own.
+        weighting: a loss weighting that is applied to the losses first.
+        scale: factor that is already inside the losses, such as ``scaler.get_scale()``. Methods see the unscaled
+            losses and gradients; ``.grad`` keeps the factor.
+
+    Returns:
+        An :class:`Update`: the coefficients, the Gramian and figures of the step.
+
+    Raises:
+        TypeError, ValueError: the losses, the method or an option do not fit; nothing has been written.
+        FloatingPointError: a loss is NaN or infinite and ``scale`` is 1, so that no gradient scaler is there to skip
+            the step; nothing has been written. With a scaler, and wherever only the gradients are not finite,
+            ``.grad`` of the shared parameters becomes NaN instead and the method's history stays as it was.
+        RuntimeError: several processes are running (not supported yet), or the method needs :func:`detente.step`.
+
+    Example:
+        >>> import torch, detente
+        >>> trunk, left, right = torch.nn.Linear(3, 4), torch.nn.Linear(4, 1), torch.nn.Linear(4, 1)
+        >>> h = trunk(torch.ones(2, 3)).relu()
+        >>> update = detente.backward({"left": left(h).mean(), "right": -right(h).mean()}, detente.CAGrad(c=0.4))
+        >>> sorted(update.weights), trunk.weight.grad.shape
+        (['left', 'right'], torch.Size([4, 3]))
+    """
+    if isinstance(method, Method) and method.requires_step:
+        raise RuntimeError(
+            f"{method.name} runs one optimizer step per task in its first phase, which one backward pass cannot do. "
+            "Use detente.step(closure, optimizer, method), or fix phase=2."
+        )
+    return run(losses, method, shared, source, granularity, weighting, scale)
+
+
+def run(
+    losses: Losses,
+    method: Method,
+    shared: Iterable[Tensor] | None = None,
+    source: str | Sampled = "parameters",
+    granularity: str | None = None,
+    weighting: LossWeighting | None = None,
+    scale: float = 1.0,
+) -> Update:
+    """What :func:`backward` does, for methods in whatever phase."""
+    _single_process()
+    named = named_losses(losses)
+    if not isinstance(method, GramianMethod | LossWeighting):
+        hint = " Did you forget to build it, as in detente.CAGrad()?" if isinstance(method, type) else ""
+        raise TypeError(f"method must be a method of detente; got {method!r}.{hint}")
+    if weighting is not None and not isinstance(weighting, LossWeighting):
+        raise TypeError(f"weighting must be a loss weighting such as detente.DWA(); got {weighting!r}.")
+    if isinstance(source, str) and source != "parameters" or not isinstance(source, str | Sampled):
+        raise ValueError(f"source must be 'parameters' or detente.Sampled(n); got {source!r}.")
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be a positive number; got {scale!r}.")
+    found = reach(list(named.values()), shared)
+    if isinstance(method, LossWeighting):
+        if granularity is not None or isinstance(source, Sampled):
+            raise ValueError(
+                f"{method.name} weights whole losses and takes no task gradients: granularity and source do not apply."
+            )
+        return _weighted(named, method, found, weighting, scale)
+    return _projected(named, method, found, source, granularity, weighting, scale)
+
+
+def named_losses(losses: Losses) -> dict[str, Tensor]:
+    """Check the losses and give them names."""
+    if isinstance(losses, Tensor) or not isinstance(losses, Mapping | Sequence):
+        raise TypeError(
+            f"losses must be a dict {{task: loss}} or a sequence of losses; got {type(losses).__name__}. "
+            "Pass the tasks' losses separately, not their sum."
+        )
+    named = dict(losses) if isinstance(losses, Mapping) else {str(i): loss for i, loss in enumerate(losses)}
+    if not named:
+        raise ValueError("losses is empty; pass at least one loss.")
+    for task, loss in named.items():
+        if not isinstance(task, str):
+            raise TypeError(f"task names must be strings; got {task!r}.")
+        if not isinstance(loss, Tensor):
+            raise TypeError(
+                f"losses[{task!r}] must be a scalar tensor; got {type(loss).__name__}. Did you call .item()?"
+            )
+        if loss.numel() != 1:
+            raise ValueError(
+                f"losses[{task!r}] must be a scalar tensor; it has shape {tuple(loss.shape)}. Did you forget .mean()?"
+            )
+        if loss.is_complex() or not loss.is_floating_point():
+            raise TypeError(f"losses[{task!r}] must be real and floating; it has dtype {loss.dtype}.")
+        if not loss.requires_grad:
+            raise ValueError(
+                f"losses[{task!r}] has no autograd graph. Was it computed under torch.no_grad(), from detached "
+                "tensors, or by a model whose parameters are all frozen? Leave such a task out of the step."
+            )
+    return named
+
+
+def _single_process() -> None:
+    dist = torch.distributed
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise RuntimeError(
+            "detente does not reduce task gradients over processes yet, and per-process updates would drift apart "
+            f"silently (world size {dist.get_world_size()}). Train in one process."
+        )
+
+
+def _values(named: Mapping[str, Tensor], scale: float) -> Tensor:
+    """Unscaled loss values ``[T]`` float64, still on the losses' device."""
+    device = next(iter(named.values())).device
+    return torch.stack([loss.detach().reshape(()).double().to(device) for loss in named.values()]) / scale
+
+
+def _finite(context: Context, scale: float) -> None:
+    assert context.losses is not None
+    if scale == 1.0:
+        for task, value in zip(context.tasks, context.losses.tolist(), strict=True):
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"losses[{task!r}] is {value}. Lower the learning rate, clip gradients, or look for a division "
+                    "by zero or log(0) in this loss. Nothing was written. (Under a gradient scaler pass "
+                    "scale=scaler.get_scale(), and the step is skipped instead.)"
+                )
+
+
+def _weighted(
+    named: dict[str, Tensor], method: LossWeighting, found: Reach, weighting: LossWeighting | None, scale: float
+) -> Update:
+    context = Context(tuple(named), losses=_values(named, scale).cpu())
+    assert context.losses is not None
+    _finite(context, scale)
+    weights = _first(weighting, context)
+    method.check(context)
+    weights = weights * method.weights(context.losses, context)
+    tensors = list(named.values())
+    leaves = [*found.shared, *{id(p): p for own in found.own for p in own}.values()]
+    factors = [w.to(loss.device, loss.dtype).reshape(loss.shape) for w, loss in zip(weights, tensors, strict=True)]
+    gradients = torch.autograd.grad(tensors, leaves, factors, allow_unused=True)
+    _accumulate({id(p): (p, g) for p, g in zip(leaves, gradients, strict=True) if g is not None})
+    stats = {"backwards": 1, **context.stats}
+    return Update(dict(zip(named, weights, strict=True)), None, stats)
+
+
+def _first(weighting: LossWeighting | None, context: Context) -> Tensor:
+    """Weights of the losses before the method sees them."""
+    assert context.losses is not None
+    if weighting is None:
+        return torch.ones_like(context.losses)
+    return weighting.weights(context.losses, context)
+
+
+def _projected(
+    named: dict[str, Tensor],
+    method: GramianMethod,
+    found: Reach,
+    source: str | Sampled,
+    granularity: str | None,
+    weighting: LossWeighting | None,
+    scale: float,
+) -> Update:
+    tasks, tensors = tuple(named), list(named.values())
+    if not found.shared:
+        if len(tasks) > 1 and len({id(p) for own in found.own for p in own}) == sum(map(len, found.own)):
+            warnings.warn(
+                f"no parameter is reached by two or more of the losses {list(tasks)}: there is no conflict to resolve, "
+                "and every loss gets its plain gradient. Were the shared features detached?",
+                stacklevel=4,
+            )
+        return _weighted(named, _PLAIN, found, weighting, scale)
+    partition = method.partition(found.shared, tasks, granularity or method.native_granularity)
+    if method.heads == "weighted" and partition.count > 1:
+        raise ValueError(
+            f"{method.name} weights the heads' losses by the tasks' coefficients, and {partition.count} blocks have "
+            "one coefficient each. Use heads='own', or granularity='model'."
+        )
+    context = Context(tasks, partition=partition)
+    rows = every_task(len(tasks))
+    if isinstance(source, Sampled):
+        if "losses" in method.needs:
+            context = replace(context, losses=_values(named, scale).cpu())
+        if weighting is not None:
+            raise ValueError("source=detente.Sampled(...) and weighting do not combine; use the method's preference.")
+        shares = method.sampling_shares(context)
+        rows = source.rows(shares)
+        context = replace(context, shares=torch.stack([shares[list(row.tasks)].sum() for row in rows]))
+
+    jacobian = Jacobian(found.shared, len(rows))
+    heads: list[tuple[Tensor, int, Tensor]] = []
+    for r, row in enumerate(rows):
+        _take(jacobian, r, row, tensors, found, heads, last=r == len(rows) - 1)
+
+    blocks = jacobian.gramian(partition)
+    values = _values(named, scale).to(blocks.device)
+    host = torch.cat([blocks.reshape(-1), values]).cpu()  # the step's one transfer to the host
+    blocks = host[: -len(tasks)].reshape(blocks.shape) / scale**2
+    context = replace(context, losses=host[-len(tasks) :])
+    _finite(context, scale)
+    method_context = context
+    if isinstance(source, Sampled):
+        names = tuple(tasks[row.tasks[0]] if len(row.tasks) == 1 else "rest" for row in rows)
+        method_context = replace(context, tasks=names, losses=None)
+    method.check(context)
+    first = _first(weighting, context)
+    if isinstance(source, Sampled):
+        first = torch.ones(len(rows), dtype=torch.float64)
+    blocks = blocks * first.unsqueeze(1) * first
+    weights = method.weights(blocks, method_context) * first
+
+    updates = jacobian.combine(weights, partition)
+    by_task = spread(weights, rows, len(tasks))
+    gradients: dict[int, tuple[Tensor, Tensor]] = {
+        id(p): (p, update) for p, update in zip(found.shared, updates, strict=True)
+    }
+    head_factor = by_task[0] if method.heads == "weighted" else spread(first, rows, len(tasks))
+    for p, task, gradient in heads:
+        factor = float(head_factor[task])
+        scaled = gradient if factor == 1 else gradient * factor
+        gradients[id(p)] = (p, gradients[id(p)][1] + scaled if id(p) in gradients else scaled)
+    _accumulate(gradients)
+
+    total = blocks.sum(0)
+    stats: dict[str, Any] = {
+        "backwards": len(rows),
+        "conflicts": int((total.triu(1) < 0).sum()),
+        "dropped": [],
+        **context.stats,
+    }
+    if len(rows) < len(tasks):
+        stats["sampled"] = [tasks[row.tasks[0]] for row in rows[:-1]]
+    shape = by_task.squeeze(0) if partition.count == 1 else by_task
+    return Update({task: shape[..., t] for t, task in enumerate(tasks)}, total, stats)
+
+
+def _take(
+    jacobian: Jacobian,
+    r: int,
+    row: Row,
+    losses: list[Tensor],
+    found: Reach,
+    heads: list[tuple[Tensor, int, Tensor]],
+    *,
+    last: bool,
+) -> None:
+    """Backpropagate one row: its gradient into J, the gradients of its heads into ``heads``."""
+    mine = [k for k, tasks in enumerate(found.tasks) if any(t in tasks for t in row.tasks)]
+    own = [(p, t) for t in row.tasks for p in found.own[t]]
+    outputs = [losses[t] for t in row.tasks]
+    factors = [torch.full_like(loss, f) for loss, f in zip(outputs, row.factors, strict=True)]
+    inputs = [jacobian.parameters[k] for k in mine] + [p for p, _ in own]
+    taken: Sequence[Tensor | None] = (
+        torch.autograd.grad(outputs, inputs, factors, retain_graph=not last, allow_unused=True) if inputs else ()
+    )
+    gradients: list[Tensor | None] = [None] * len(jacobian.parameters)
+    for k, gradient in zip(mine, taken[: len(mine)], strict=True):
+        if gradient is not None and gradient.layout != torch.strided:
+            raise ValueError(
+                f"a shared parameter of shape {tuple(jacobian.parameters[k].shape)} has a sparse gradient, which is "
+                "not supported yet. Build the embedding with sparse=False."
+            )
+        gradients[k] = gradient
+    jacobian.write(r, gradients)
+    for (p, t), gradient in zip(own, taken[len(mine) :], strict=True):
+        if gradient is not None:
+            factor = row.factors[row.tasks.index(t)]
+            heads.append((p, t, gradient if factor == 1 else gradient / factor))
+
+
+def _accumulate(gradients: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+    """Add to ``.grad`` as autograd does, in the memory format of the parameter."""
+    for p, gradient in gradients.values():
+        if p.grad is not None:
+            p.grad.add_(gradient.detach())
+        elif gradient.layout == torch.strided:
+            p.grad = torch.empty_like(p).copy_(gradient.detach())
+        else:
+            p.grad = gradient.detach()
+
+
+def aggregate(
+    jacobian: Tensor, method: Method, losses: Sequence[float] | Tensor | None = None
+) -> Tensor:
+    """Apply a method's rule to given task gradients.
+
+    Args:
+        jacobian: ``[T, P]``, one row per task.
+        method: a method of this library.
+        losses: ``[T]`` loss values, for methods that need them.
+
+    Returns:
+        The update ``[P]``, in the dtype and on the device of ``jacobian``; all NaN where an entry of ``jacobian``
+        is not finite.
+
+    Raises:
+        ValueError: shapes do not fit, or the method needs losses or a model.
+
+    Example:
+        >>> import torch, detente
+        >>> J = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+        >>> detente.aggregate(J, detente.MGDA()).tolist()
+        [1.0, 1.0]
+    """
+    if jacobian.dim() != 2 or not jacobian.is_floating_point():
+        raise ValueError(
+            f"jacobian must be a floating tensor of shape [T, P]; got {tuple(jacobian.shape)}, {jacobian.dtype}."
+        )
+    if "model" in method.needs:
+        raise ValueError(f"{method.name} works on the layers of a model; use detente.backward or detente.step.")
+    count = len(jacobian)
+    values = None if losses is None else torch.as_tensor(losses, dtype=torch.float64).cpu()
+    if values is not None and values.shape != (count,):
+        raise ValueError(f"losses must have shape ({count},), one per row of jacobian; got {tuple(values.shape)}.")
+    context = Context(tuple(str(i) for i in range(count)), losses=values)
+    rows = Jacobian([jacobian[0]], count)
+    for t, row in enumerate(jacobian):
+        rows.write(t, [row])
+    partition = method.partition(rows.parameters, context.tasks, "model")
+    if isinstance(method, GramianMethod):
+        weights = method.weights(rows.gramian(partition)[0].cpu(), context)
+    elif isinstance(method, LossWeighting):
+        if values is None and "losses" in method.needs:
+            raise ValueError(f"{method.name} needs the losses of the step; pass losses=[...] beside the gradients.")
+        weights = method.weights(torch.ones(count, dtype=torch.float64) if values is None else values, context)
+    else:
+        raise TypeError(f"method must be a method of detente; got {method!r}.")
+    return rows.combine(weights.unsqueeze(0), partition)[0]
+
+
+class _Plain(LossWeighting):
+    """Every loss with weight 1: what a step without shared parameters does."""
+
+    name = "plain"
+    needs = frozenset()
+
+    def rule(self, losses: Tensor, context: Context) -> Tensor:
+        return torch.ones_like(losses)
+
+
+_PLAIN = _Plain()

@@ -1,0 +1,99 @@
+"""The task gradients of the shared parameters: written once, read once for the Gramian and once for the update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from detente.gramian import Partition, gramian
+
+__all__ = ["Jacobian"]
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
+
+
+class Jacobian:
+    """Rows g_t of J, one preallocated ``[T, P]`` buffer per dtype and device of the parameters.
+
+    Args:
+        parameters: the shared parameters.
+        count: number of rows T.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], count: int) -> None:
+        self.parameters = list(parameters)
+        self.count = count
+        kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        for k, p in enumerate(self.parameters):
+            dtype = p.dtype.to_real() if p.is_complex() else p.dtype
+            kinds.setdefault((dtype, p.device), []).append(k)
+        self.groups = []
+        self.slices: list[Tensor] = [torch.empty(0)] * len(self.parameters)  # [T, *shape] views, one per parameter
+        for (dtype, device), members in kinds.items():
+            sizes = [self.parameters[k].numel() * (2 if self.parameters[k].is_complex() else 1) for k in members]
+            buffer = torch.empty(count, sum(sizes), dtype=dtype, device=device)
+            self.groups.append((members, buffer))
+            for k, part in zip(members, buffer.split(sizes, dim=1), strict=True):
+                p = self.parameters[k]
+                self.slices[k] = part.view(count, *p.shape, *([2] if p.is_complex() else []))
+
+    def write(self, row: int, gradients: Sequence[Tensor | None]) -> None:
+        """Write the gradient of one task, one tensor per parameter; None is zero."""
+        for members, buffer in self.groups:
+            parts = [gradients[k] for k in members]
+            if any(g is None for g in parts):
+                buffer[row].zero_()
+                for k, g in zip(members, parts, strict=True):
+                    if g is not None:
+                        self.slices[k][row].view(-1).copy_(_flat(g))
+            else:
+                torch.cat([_flat(g) for g in parts if g is not None], out=buffer[row])
+
+    def gramian(self, partition: Partition) -> Tensor:
+        """Gramians of the blocks, ``[B, T, T]`` float64; on the parameters' device where there is only one."""
+        devices = {buffer.device for _, buffer in self.groups}
+        device = devices.pop() if len(devices) == 1 else torch.device("cpu")
+        with torch.autocast(device.type, enabled=False):
+            if partition.count == 1:
+                total = torch.zeros(self.count, self.count, dtype=torch.float64, device=device)
+                for _, buffer in self.groups:
+                    total += gramian(buffer).to(device)
+                return total.unsqueeze(0)
+            blocks = torch.zeros(partition.count, self.count, self.count, dtype=torch.float64, device=device)
+            for (dims, index), rows in zip(partition.members, self.slices, strict=True):
+                part = _by_slice(rows, dims).double()
+                blocks.index_add_(0, index.reshape(-1).to(device), (part @ part.transpose(1, 2)).to(device))
+            return blocks
+
+    def combine(self, weights: Tensor, partition: Partition) -> list[Tensor]:
+        """The update ``J'a``, one tensor per parameter, from weights ``[B, T]``."""
+        updates: list[Tensor] = list(self.slices)
+        if partition.count == 1:
+            for members, buffer in self.groups:
+                combined = weights[0].to(buffer.device, buffer.dtype) @ buffer
+                shapes = [self.slices[k].shape[1:] for k in members]
+                for k, part in zip(members, combined.split([s.numel() for s in shapes]), strict=True):
+                    updates[k] = part.view(self.slices[k].shape[1:])
+        else:
+            for k, ((dims, index), rows) in enumerate(zip(partition.members, self.slices, strict=True)):
+                chosen = weights[index.reshape(-1)].to(rows.device, rows.dtype)
+                update = chosen.unsqueeze(1) @ _by_slice(rows, dims)
+                shape = rows.shape[1:]
+                front = [shape[d] for d in dims] + [size for d, size in enumerate(shape) if d not in dims]
+                updates[k] = update.view(front).movedim(tuple(range(len(dims))), dims)
+        return [
+            torch.view_as_complex(u.contiguous()) if p.is_complex() else u
+            for p, u in zip(self.parameters, updates, strict=True)
+        ]
+
+
+def _by_slice(rows: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """``[T, *shape]`` as ``[slices, T, rest]``, one slice per index of the dimensions ``dims`` of the parameter."""
+    slices = math.prod(rows.shape[d + 1] for d in dims)
+    front = rows.movedim(tuple(d + 1 for d in dims), tuple(range(len(dims))))
+    return front.reshape(slices, rows.shape[0], rows[0].numel() // max(slices, 1))

@@ -1,0 +1,625 @@
+"""What a method is: the base classes, the result of a step, and the registry.
+
+A method turns what is known of a step (the Gramian of the task gradients, the losses, the history of both) into
+one coefficient per task. It knows nothing of autograd, devices or processes. Files in ``methods/`` hold one
+published method each; the registry is found from them.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import math
+import pkgutil
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from detente.gramian import Partition
+
+__all__ = [
+    "Context",
+    "GramianMethod",
+    "LossWeighting",
+    "Method",
+    "Paper",
+    "TaskHistory",
+    "TaskScalars",
+    "TaskWeights",
+    "Update",
+    "cite",
+    "get_method",
+    "list_methods",
+]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method was published."""
+
+    key: str
+    title: str
+    authors: str
+    venue: str
+    year: int
+    arxiv: str | None = None
+
+    def bibtex(self) -> str:
+        """The BibTeX entry."""
+        lines = [
+            f"title = {{{self.title}}}",
+            f"author = {{{self.authors}}}",
+            f"booktitle = {{{self.venue}}}",
+            f"year = {{{self.year}}}",
+        ]
+        if self.arxiv:
+            lines += [f"eprint = {{{self.arxiv}}}", "archivePrefix = {arXiv}"]
+        return f"@inproceedings{{{self.key},\n  " + ",\n  ".join(lines) + "\n}"
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a step knows besides the Gramian.
+
+    Attributes:
+        tasks: names of the T tasks of this step, in the order of the rows.
+        losses: ``[T]`` float64 CPU tensor of unscaled loss values, or None when they were not given.
+        shares: ``[T]`` weights of the rows in the mean gradient when rows stand for groups of tasks
+            (:class:`detente.Sampled`), else None.
+        partition: the blocks of a block-wise step, else None.
+        stats: what the method wants to report in :attr:`Update.stats`.
+    """
+
+    tasks: tuple[str, ...]
+    losses: Tensor | None = None
+    shares: Tensor | None = None
+    partition: Partition | None = None
+    stats: dict[str, Any] = field(default_factory=dict)
+
+    def subset(self, keep: Tensor) -> Context:
+        """The same step with only the tasks where ``keep`` (bool, ``[T]``) is true."""
+        index = keep.nonzero().flatten()
+        return replace(
+            self,
+            tasks=tuple(self.tasks[i] for i in index.tolist()),
+            losses=None if self.losses is None else self.losses[index],
+            shares=None if self.shares is None else self.shares[index],
+        )
+
+
+@dataclass(frozen=True)
+class Update:
+    """What :func:`detente.backward` and :func:`detente.step` did.
+
+    Attributes:
+        weights: ``{task: coefficient}``; a 0-d float64 tensor, or ``[B]`` where the method works on B blocks.
+        gramian: ``[T, T]`` float64 CPU tensor of the unscaled task gradients of the shared parameters (summed
+            over blocks), in the order of ``weights``; None for methods that never form the task gradients.
+        stats: counts and figures of the step, such as ``conflicts`` (pairs with a negative product), ``dropped``
+            (tasks with a zero gradient), ``backwards`` (backward passes), and what the method itself reports.
+    """
+
+    weights: dict[str, Tensor]
+    gramian: Tensor | None
+    stats: dict[str, Any]
+
+
+class Method(nn.Module, ABC):
+    """Base of all methods: identity, declared properties, and state that saves, loads and resets.
+
+    Subclasses name in :attr:`state` the attributes that hold their history; these may be tensors, numbers,
+    strings, nested dicts and lists of them, a :class:`torch.Generator` or a :class:`TaskScalars`.
+    """
+
+    name: ClassVar[str]
+    """Name in the registry and on the command line."""
+    paper: ClassVar[Paper]
+    kind: ClassVar[str]
+    """``gramian``, ``losses`` or ``schedule``."""
+    heads: str = "own"
+    """Gradient of task-specific parameters: of the task's ``own`` loss, or of the ``weighted`` loss."""
+    needs: frozenset[str] = frozenset()
+    """What must be at hand: ``gramian``, ``losses``, ``metrics``, ``epochs`` or ``model``."""
+    stochastic: ClassVar[bool] = False
+    nonconflicting: ClassVar[bool] = False
+    """The update has a non-negative product with every task gradient."""
+    permutation_equivariant: ClassVar[bool] = True
+    homogeneity: ClassVar[float | None] = 1.0
+    """k such that scaling all gradients by s scales the update by s**k; None where there is none."""
+    backwards: ClassVar[str] = "T"
+    """Backward passes per step."""
+    state: ClassVar[tuple[str, ...]] = ()
+    native_granularity: ClassVar[str] = "model"
+
+    requires_step: bool = False
+    """True where the schedule runs several optimizer steps: use :func:`detente.step`."""
+
+    def start(self) -> None:
+        """Set the attributes in :attr:`state` to their first values."""
+
+    def next_epoch(self) -> None:
+        """Tell the method, and every method inside it, that an epoch of training ended."""
+        for child in self.children():
+            if isinstance(child, Method | TaskWeights):
+                child.next_epoch()
+
+    def sequential(self) -> bool:
+        """Whether the coming step of :func:`detente.step` runs the tasks one after another, one update each."""
+        return False
+
+    def sequential_tasks(self) -> tuple[str, ...]:
+        """The tasks that a sequential step runs through, in order."""
+        raise RuntimeError(f"{self.name} has no sequential schedule")
+
+    def reset(self) -> None:
+        """Forget the history: the method is as new (random generators restart from their seed)."""
+        self.start()
+        for child in self.children():
+            if isinstance(child, Method | TaskWeights):
+                child.reset()
+
+    def partition(self, parameters: Sequence[Tensor], tasks: tuple[str, ...], granularity: str) -> Partition:
+        """Blocks of the shared parameters at a granularity: ``model``, ``layer`` or ``channel``."""
+        splits = {"model": Partition.by_model, "layer": Partition.by_layer, "channel": Partition.by_channel}
+        if granularity not in splits:
+            raise ValueError(
+                f"granularity must be one of {', '.join(splits)}; got {granularity!r}. "
+                "Leave it None for the method's own."
+            )
+        return splits[granularity](parameters)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The history, as plain containers and tensors (loads with ``weights_only=True``)."""
+        return {"method": self.name, **{key: _pack(getattr(self, key)) for key in self.state}}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take over a history saved by the same method."""
+        expected = {"method", *self.state}
+        if not isinstance(state, Mapping) or set(state) != expected or state["method"] != self.name:
+            got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(
+                f"this state does not belong to {self.name}: expected the entries {sorted(expected)}, got {got}. "
+                "Likely the checkpoint was written by another method or version; build the method it was saved from."
+            )
+        for key in self.state:
+            setattr(self, key, _unpack(getattr(self, key), state[key]))
+
+
+def _pack(value: Any) -> Any:
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, TaskScalars | TaskHistory):
+        return value.state_dict()
+    return copy.deepcopy(value)
+
+
+def _unpack(current: Any, saved: Any) -> Any:
+    if isinstance(current, torch.Generator):
+        current.set_state(saved)
+        return current
+    if isinstance(current, TaskScalars | TaskHistory):
+        current.load_state_dict(saved)
+        return current
+    return copy.deepcopy(saved)
+
+
+class GramianMethod(Method):
+    """A rule from the Gramian of the task gradients to one coefficient per task.
+
+    Args:
+        zero_rows: ``"drop"`` leaves tasks with a zero gradient out of the solve and gives them coefficient 0;
+            ``"keep"`` applies the textbook rule to them.
+        heads: override of the class's convention for task-specific parameters.
+
+    Subclasses implement :meth:`rule`, which sees finite float64 Gramians only.
+    """
+
+    kind: ClassVar[str] = "gramian"
+    needs: frozenset[str] = frozenset({"gramian"})
+    handles_zero_rows: ClassVar[bool] = False
+    """The rule itself gives zero rows no influence, so that dropping them would change nothing."""
+
+    def __init__(self, *, zero_rows: Literal["drop", "keep"] = "drop", heads: str | None = None) -> None:
+        super().__init__()
+        self.zero_rows = one_of("zero_rows", zero_rows, ("drop", "keep"))
+        if heads is not None:
+            self.heads = one_of("heads", heads, ("own", "weighted"))
+
+    @abstractmethod
+    def rule(self, gramian: Tensor, context: Context) -> Tensor:
+        """Coefficients ``[B, T]`` from finite float64 CPU Gramians ``[B, T, T]``."""
+
+    def observe(self, gramian: Tensor, context: Context) -> None:
+        """Take the step into the history; sees all tasks, also those with a zero gradient."""
+
+    def prepare(self, context: Context) -> Context:
+        """Add what the rule needs of all tasks of the step, before those with a zero gradient are left out."""
+        return context
+
+    def check(self, context: Context) -> None:
+        """Raise on input the method cannot use, before anything is computed or written."""
+
+    def weights(self, gramian: Tensor, context: Context | None = None) -> Tensor:
+        """Coefficients of the task gradients in the update.
+
+        Args:
+            gramian: ``[*blocks, T, T]`` inner products of the task gradients.
+            context: names, losses and blocks of the step; made up from positions when left out.
+
+        Returns:
+            ``[*blocks, T]`` float64 on the CPU. NaN, with the history untouched, where the Gramian or a needed
+            loss is not finite.
+
+        Raises:
+            ValueError: the Gramian is not square, or the method needs losses and got none.
+        """
+        if gramian.dim() < 2 or gramian.shape[-1] != gramian.shape[-2]:
+            raise ValueError(f"gramian must have shape [*blocks, T, T]; got {tuple(gramian.shape)}.")
+        count = gramian.shape[-1]
+        context = context or Context(tuple(str(i) for i in range(count)))
+        if len(context.tasks) != count:
+            raise ValueError(f"gramian is for {count} tasks but {len(context.tasks)} were named: {context.tasks}.")
+        self.check(context)
+        need_losses(self, context)
+        flat = gramian.detach().to("cpu", torch.float64).reshape(-1, count, count)
+        values_ok = context.losses is None or bool(context.losses.isfinite().all())
+        if not (values_ok and bool(flat.isfinite().all())):
+            return torch.full(gramian.shape[:-1], math.nan, dtype=torch.float64)
+        self.observe(flat, context)
+        context = self.prepare(context)
+        return self._solve(flat, context).reshape(gramian.shape[:-1])
+
+    def _solve(self, flat: Tensor, context: Context) -> Tensor:
+        if self.handles_zero_rows or self.zero_rows == "keep":
+            return self.rule(flat, context)
+        kept = flat.diagonal(dim1=-2, dim2=-1) > 0
+        if bool(kept.all()):
+            return self.rule(flat, context)
+        context.stats["dropped"] = [t for t, k in zip(context.tasks, kept.any(0).tolist(), strict=True) if not k]
+        result = flat.new_zeros(flat.shape[:-1])
+        for keep in kept.unique(dim=0):
+            blocks = (kept == keep).all(1).nonzero()
+            rows = keep.nonzero().flatten()
+            if len(rows):
+                part = flat[blocks[:, :, None], rows[None, :, None], rows[None, None, :]]
+                result[blocks, rows[None, :]] = self.rule(part, context.subset(keep))
+        return result
+
+    def sampling_shares(self, context: Context) -> Tensor:
+        """Weights ``[T]`` of the tasks in the mean gradient, for :class:`detente.Sampled`."""
+        raise ValueError(
+            f"source=detente.Sampled(...) works with methods defined by a mean gradient (cagrad); got {self.name}."
+        )
+
+
+class LossWeighting(Method):
+    """A rule from the losses (and their history) to one weight per task; costs one backward pass."""
+
+    kind: ClassVar[str] = "losses"
+    heads: str = "weighted"
+    needs: frozenset[str] = frozenset({"losses"})
+    homogeneity: ClassVar[float | None] = None
+    backwards: ClassVar[str] = "1"
+    positive_losses: ClassVar[bool] = False
+
+    @abstractmethod
+    def rule(self, losses: Tensor, context: Context) -> Tensor:
+        """Weights ``[T]`` from finite float64 CPU losses ``[T]``; also takes the step into the history."""
+
+    def check(self, context: Context) -> None:
+        """Raise on input the method cannot use, before anything is computed or written."""
+        if self.positive_losses and context.losses is not None:
+            for task, loss in zip(context.tasks, context.losses.tolist(), strict=True):
+                if loss <= 0:
+                    raise ValueError(
+                        f"{self.name} needs positive losses; losses[{task!r}] is {loss:g}. "
+                        "Add a constant to the loss, or choose a method that does not take logarithms of losses."
+                    )
+
+    def weights(self, losses: Tensor, context: Context | None = None) -> Tensor:
+        """Weights of the task losses.
+
+        Args:
+            losses: ``[T]`` unscaled loss values.
+            context: names of the tasks; made up from positions when left out.
+
+        Returns:
+            ``[T]`` float64 on the CPU. NaN, with the history untouched, where a loss is not finite.
+
+        Raises:
+            ValueError: the shape is wrong, or a loss is not positive where the method needs it to be.
+        """
+        if losses.dim() != 1:
+            raise ValueError(f"losses must have shape [T]; got {tuple(losses.shape)}.")
+        values = losses.detach().to("cpu", torch.float64)
+        context = replace(context or Context(tuple(str(i) for i in range(len(values)))), losses=values)
+        if len(context.tasks) != len(values):
+            raise ValueError(f"got {len(values)} losses for {len(context.tasks)} tasks: {context.tasks}.")
+        if not bool(values.isfinite().all()):
+            return torch.full_like(values, math.nan)
+        self.check(context)
+        return self.rule(values, context)
+
+
+Weights: TypeAlias = "Sequence[float] | Tensor | Mapping[str, float] | LossWeighting | None"
+
+
+class TaskWeights(nn.Module):
+    """One weight per task: equal, given, or computed by a loss weighting.
+
+    Args:
+        what: the argument's name, for error messages.
+        weights: None (equal), a vector in task order, a mapping by task name, or a :class:`LossWeighting`.
+        distribution: whether the weights are probabilities: given ones must sum to 1 over all tasks, and those of a
+            step are divided by their sum.
+
+    Raises:
+        ValueError: weights that are negative, not finite, or do not sum to 1.
+    """
+
+    def __init__(self, what: str, weights: Weights, *, distribution: bool = True) -> None:
+        super().__init__()
+        self.what = what
+        self.distribution = distribution
+        self.source = weights if isinstance(weights, LossWeighting) else None
+        self.fixed: dict[str, float] | list[float] | None = None
+        if isinstance(weights, Mapping):
+            self.fixed = {str(k): float(v) for k, v in weights.items()}
+        elif weights is not None and not isinstance(weights, LossWeighting):
+            self.fixed = [float(v) for v in weights]
+        if self.fixed is not None:
+            values = list(self.fixed.values()) if isinstance(self.fixed, dict) else self.fixed
+            total = math.fsum(values)
+            if not all(0 <= v < math.inf for v in values):
+                raise ValueError(f"{what} must be finite and non-negative; got {self.fixed}.")
+            if distribution and not abs(total - 1) <= 1e-6:
+                raise ValueError(
+                    f"{what} must sum to 1; got {self.fixed} (sum {total:g}). Divide the weights by their sum."
+                )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the weights are computed from."""
+        return self.source.needs if self.source else frozenset()
+
+    def check(self, context: Context) -> None:
+        """Raise where the weights do not fit the tasks of the step."""
+        if isinstance(self.fixed, dict):
+            unknown = [t for t in context.tasks if t not in self.fixed]
+            if unknown:
+                raise ValueError(
+                    f"{self.what} has no entry for task {unknown[0]!r}; it names {sorted(self.fixed)}. "
+                    "Add the task to it."
+                )
+        elif self.fixed is not None and len(self.fixed) != len(context.tasks):
+            raise ValueError(
+                f"{self.what} has {len(self.fixed)} entries but the step has {len(context.tasks)} tasks "
+                f"{list(context.tasks)}. Give a mapping by task name to train on some of the tasks."
+            )
+        if self.source is not None:
+            need_losses(self.source, context)
+            self.source.check(context)
+
+    def forward(self, context: Context) -> Tensor:
+        """``[T]`` float64 weights of the tasks of this step."""
+        if self.source is not None:
+            assert context.losses is not None
+            raw = self.source.weights(context.losses, context)
+        elif isinstance(self.fixed, dict):
+            raw = torch.tensor([self.fixed[t] for t in context.tasks], dtype=torch.float64)
+        elif self.fixed is not None:
+            raw = torch.tensor(self.fixed, dtype=torch.float64)
+        else:
+            raw = torch.ones(len(context.tasks), dtype=torch.float64)
+        return normalized(raw) if self.distribution else raw
+
+    def next_epoch(self) -> None:
+        """Pass the end of an epoch on to the loss weighting."""
+        if self.source is not None:
+            self.source.next_epoch()
+
+    def reset(self) -> None:
+        """Forget the history of the loss weighting."""
+        if self.source is not None:
+            self.source.reset()
+
+
+def normalized(weights: Tensor) -> Tensor:
+    """Divided by their sum; uniform where all are zero."""
+    total = weights.sum()
+    return weights / total if total > 0 else torch.full_like(weights, 1 / len(weights))
+
+
+class TaskHistory:
+    """Mean loss of each task over past epochs, kept by task name.
+
+    Args:
+        depth: how many finished epochs to remember.
+        window: steps after which an epoch ends by itself, or None.
+    """
+
+    def __init__(self, depth: int, window: int | None = None) -> None:
+        self.depth = depth
+        self.window = window
+        self.steps = 0
+        self.open: dict[str, list[float]] = {}
+        self.closed: dict[str, list[float]] = {}
+
+    def add(self, tasks: Sequence[str], losses: Tensor) -> None:
+        """Count one step's losses into the running epoch."""
+        for task, loss in zip(tasks, losses.tolist(), strict=True):
+            total = self.open.setdefault(task, [0.0, 0.0])
+            total[0] += loss
+            total[1] += 1
+        self.steps += 1
+        if self.window is not None and self.steps >= self.window:
+            self.close()
+
+    def close(self) -> None:
+        """End the running epoch: its mean becomes the newest entry of every task seen in it."""
+        for task, (total, count) in self.open.items():
+            self.closed[task] = [*self.closed.get(task, []), total / count][-self.depth :]
+        self.open, self.steps = {}, 0
+
+    def past(self, task: str) -> list[float]:
+        """Means of the finished epochs of a task, oldest first."""
+        return self.closed.get(task, [])
+
+    def state_dict(self) -> dict[str, Any]:
+        return copy.deepcopy({"open": self.open, "closed": self.closed, "steps": self.steps})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        saved = copy.deepcopy(dict(state))
+        self.open, self.closed, self.steps = saved["open"], saved["closed"], saved["steps"]
+
+
+class TaskScalars:
+    """One learned number per task, kept by task name and moved by Adam.
+
+    Args:
+        init: starting value.
+        lr: learning rate of Adam.
+    """
+
+    def __init__(self, init: float, lr: float) -> None:
+        self.init = init
+        self.lr = lr
+        self.values: dict[str, Tensor] = {}
+        self.optimizers: dict[str, torch.optim.Adam] = {}
+
+    def _add(self, task: str, value: float) -> None:
+        self.values[task] = torch.tensor(value, dtype=torch.float64)
+        self.optimizers[task] = torch.optim.Adam([self.values[task]], lr=self.lr)
+
+    def read(self, tasks: Sequence[str]) -> Tensor:
+        """Current values ``[T]``, float64; a task seen for the first time starts at ``init``."""
+        for task in tasks:
+            if task not in self.values:
+                self._add(task, self.init)
+        return torch.stack([self.values[t] for t in tasks])
+
+    def descend(self, tasks: Sequence[str], gradient: Tensor) -> None:
+        """One Adam step on the values of ``tasks`` with ``gradient`` ``[T]``."""
+        for task, g in zip(tasks, gradient, strict=True):
+            self.values[task].grad = g.clone()
+            self.optimizers[task].step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return copy.deepcopy(
+            {t: {"value": float(v), "adam": self.optimizers[t].state_dict()} for t, v in self.values.items()}
+        )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.values, self.optimizers = {}, {}
+        for task, saved in state.items():
+            self._add(task, saved["value"])
+            self.optimizers[task].load_state_dict(copy.deepcopy(saved["adam"]))
+
+
+def need_losses(method: Method, context: Context) -> None:
+    """Raise where a method needs loss values and the step has none."""
+    if "losses" in method.needs and context.losses is None:
+        raise ValueError(f"{method.name} needs the losses of the step; pass losses=[...] beside the gradients.")
+
+
+def one_of(what: str, value: str, choices: Sequence[str]) -> Any:
+    """``value``, or a ValueError that lists the choices."""
+    if value not in choices:
+        raise ValueError(f"{what} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
+    return value
+
+
+def at_least(what: str, value: float, low: float, *, strict: bool = False) -> float:
+    """``value``, or a ValueError that gives the bound."""
+    if not (math.isfinite(value) and (value > low if strict else value >= low)):
+        raise ValueError(f"{what} must be a finite number {'>' if strict else '>='} {low:g}; got {value!r}.")
+    return value
+
+
+def warn_unsolved(method: Method, context: Context, count: int) -> None:
+    """Count solves that stopped short of their tolerance, and say so once per call site."""
+    if count:
+        context.stats["unsolved"] = count
+        warnings.warn(
+            f"{method.name}: the solver stopped short of its tolerance on {count} block(s); "
+            "the best feasible point is used. See update.stats['unsolved'].",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+@cache
+def registry() -> dict[str, type[Method]]:
+    """All methods by name, found from the files in ``detente/methods``."""
+    package = importlib.import_module("detente.methods")
+    found: dict[str, type[Method]] = {}
+    for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__)):
+        for _, cls in inspect.getmembers(importlib.import_module(f"detente.methods.{module}"), inspect.isclass):
+            if issubclass(cls, Method) and cls.__module__ == f"detente.methods.{module}":
+                found[cls.name] = cls
+    return found
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method by its registered name; dashes and case do not matter."""
+    key = name.strip().lower().replace("-", "_")
+    if key not in registry():
+        import difflib
+
+        close = difflib.get_close_matches(key, registry(), n=1, cutoff=0.5)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown method {name!r}.{hint} Known methods: {', '.join(list_methods())}.")
+    return registry()[key]
+
+
+def get_method(name: str, **options: Any) -> Method:
+    """Build a method by name.
+
+    Args:
+        name: as listed by :func:`list_methods`; dashes and case do not matter.
+        **options: arguments of the method's class.
+
+    Raises:
+        ValueError: the name is unknown, or an option has an impossible value.
+        TypeError: the method has no such option.
+
+    Example:
+        >>> import detente
+        >>> detente.get_method("cagrad", c=0.4).c
+        0.4
+    """
+    cls = method_class(name)
+    known = inspect.signature(cls).parameters
+    for option in options:
+        if option not in known:
+            raise TypeError(f"{cls.name} has no option {option!r}; it takes {', '.join(known) or 'none'}.")
+    return cls(**options)
+
+
+def list_methods() -> list[str]:
+    """Names of all methods.
+
+    Example:
+        >>> import detente
+        >>> "cagrad" in detente.list_methods()
+        True
+    """
+    return sorted(registry())
+
+
+def cite(name: str) -> str:
+    """BibTeX of the paper behind a method.
+
+    Example:
+        >>> import detente
+        >>> print(detente.cite("cagrad").splitlines()[0])
+        @inproceedings{liu2021cagrad,
+    """
+    return method_class(name).paper.bibtex()

@@ -1,0 +1,69 @@
+"""Dynamic weight average."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from detente.method import Context, LossWeighting, Paper, TaskHistory, at_least
+
+__all__ = ["DWA"]
+
+
+class DWA(LossWeighting):
+    """DWA: more weight to tasks whose loss falls slowly.
+
+    ``w = T softmax(r / temperature)`` with ``r_i`` the ratio of the task's mean losses of the last two epochs
+    (Liu et al. 2019, Eq. 7). Weights are 1 for the first two epochs, and for a task with fewer than two finished
+    epochs. An epoch ends when you call :meth:`next_epoch`, or after ``window`` steps.
+
+    Args:
+        temperature: larger is closer to equal weights.
+        window: steps that count as an epoch, for loops without epochs; None: :meth:`next_epoch` ends it.
+
+    Raises:
+        ValueError: an option is out of range.
+
+    Example:
+        >>> import torch, detente
+        >>> method = detente.DWA()
+        >>> for loss in ([1.0, 1.0], [1.0, 0.5]):
+        ...     _ = method.weights(torch.tensor(loss)); method.next_epoch()
+        >>> w = method.weights(torch.tensor([1.0, 0.5]))
+        >>> bool(w[0] > w[1]), round(float(w.sum()), 6)  # the first task stalls
+        (True, 2.0)
+    """
+
+    name = "dwa"
+    paper = Paper(
+        "liu2019end",
+        "End-To-End Multi-Task Learning With Attention",
+        "Liu, Shikun and Johns, Edward and Davison, Andrew J.",
+        "IEEE/CVF Conference on Computer Vision and Pattern Recognition",
+        2019,
+        "1803.10704",
+    )
+    needs = frozenset({"losses", "epochs"})
+    state = ("history",)
+
+    def __init__(self, temperature: float = 2.0, window: int | None = None) -> None:
+        super().__init__()
+        self.temperature = at_least("temperature", temperature, 0, strict=True)
+        self.window = None if window is None else int(at_least("window", window, 1))
+        self.start()
+
+    def start(self) -> None:
+        self.history = TaskHistory(2, self.window)
+
+    def next_epoch(self) -> None:
+        self.history.close()
+        super().next_epoch()
+
+    def rule(self, losses: Tensor, context: Context) -> Tensor:
+        past = [self.history.past(task) for task in context.tasks]
+        weights = torch.ones_like(losses)
+        if all(len(p) == 2 and p[0] != 0 for p in past):
+            ratios = torch.tensor([p[1] / p[0] for p in past], dtype=torch.float64)
+            weights = len(past) * torch.softmax(ratios / self.temperature, 0)
+        self.history.add(context.tasks, losses)
+        return weights

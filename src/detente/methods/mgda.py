@@ -1,0 +1,60 @@
+"""Multiple gradient descent algorithm."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from detente.method import Context, GramianMethod, Paper, warn_unsolved
+from detente.solvers import min_norm
+
+__all__ = ["MGDA"]
+
+
+class MGDA(GramianMethod):
+    """MGDA: the shortest vector in the convex hull of the task gradients.
+
+    ``d = J'a`` with ``a = argmin over the simplex of ||J'a||`` (Sener and Koltun 2018, Eq. 3). It never conflicts
+    with a task and is zero exactly at Pareto-stationary points. CAGrad tends to its direction for large ``c``.
+    A task with a small gradient takes most of the weight. With ``zero_rows="keep"`` a task with a zero gradient
+    takes all of it and the update is zero, as in the textbook. Solved exactly.
+
+    Task-specific parameters follow the weighted loss, as in the authors' code.
+
+    Args:
+        zero_rows: ``"drop"`` or ``"keep"`` tasks with a zero gradient.
+        heads: gradient of task-specific parameters, ``"weighted"`` (default) or ``"own"``.
+
+    Example:
+        >>> import torch, detente
+        >>> J = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+        >>> detente.aggregate(J, detente.MGDA()).tolist()
+        [1.0, 1.0]
+    """
+
+    name = "mgda"
+    paper = Paper(
+        "sener2018multi",
+        "Multi-Task Learning as Multi-Objective Optimization",
+        "Sener, Ozan and Koltun, Vladlen",
+        "Advances in Neural Information Processing Systems",
+        2018,
+        "1810.04650",
+    )
+    heads = "weighted"
+    nonconflicting = True
+
+    def __init__(
+        self,
+        *,
+        zero_rows: Literal["drop", "keep"] = "drop",
+        heads: Literal["own", "weighted"] | None = None,
+    ) -> None:
+        super().__init__(zero_rows=zero_rows, heads=heads)
+
+    def rule(self, gramian: Tensor, context: Context) -> Tensor:
+        solved = [min_norm(block) for block in gramian.numpy()]
+        warn_unsolved(self, context, sum(not exact for _, exact in solved))
+        return torch.stack([torch.from_numpy(weights) for weights, _ in solved])

@@ -1,0 +1,83 @@
+"""Projecting conflicting gradients."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from detente.method import Context, GramianMethod, Paper, one_of
+
+__all__ = ["PCGrad"]
+
+
+class PCGrad(GramianMethod):
+    """PCGrad: each task's gradient loses its component against every task it conflicts with.
+
+    For each task i, ``p_i = g_i``; for the other tasks j in random order, where ``p_i . g_j < 0``:
+    ``p_i -= (p_i . g_j) / ||g_j||^2 g_j``; the update is ``sum_i p_i`` (Yu et al. 2020, Algorithm 1). A fresh order
+    for every i and step, drawn from a generator that is part of the state. Without conflicts the update is the sum
+    of the gradients. Tasks with a zero gradient have no influence (they only count in ``reduction="mean"`` when
+    kept).
+
+    Task-specific parameters follow their own loss.
+
+    Args:
+        reduction: ``"sum"`` (the paper) or ``"mean"``.
+        seed: of the random order.
+        zero_rows: whether tasks with a zero gradient count in the mean.
+        heads: gradient of task-specific parameters, ``"own"`` (default) or ``"weighted"``.
+
+    Example:
+        >>> import torch, detente
+        >>> J = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])
+        >>> detente.aggregate(J, detente.PCGrad()).tolist()
+        [0.5, 1.5]
+    """
+
+    name = "pcgrad"
+    paper = Paper(
+        "yu2020gradient",
+        "Gradient Surgery for Multi-Task Learning",
+        "Yu, Tianhe and Kumar, Saurabh and Gupta, Abhishek and Levine, Sergey and Hausman, Karol and Finn, Chelsea",
+        "Advances in Neural Information Processing Systems",
+        2020,
+        "2001.06782",
+    )
+    stochastic = True
+    state = ("generator",)
+
+    def __init__(
+        self,
+        reduction: Literal["sum", "mean"] = "sum",
+        seed: int = 0,
+        *,
+        zero_rows: Literal["drop", "keep"] = "drop",
+        heads: Literal["own", "weighted"] | None = None,
+    ) -> None:
+        super().__init__(zero_rows=zero_rows, heads=heads)
+        self.reduction = one_of("reduction", reduction, ("sum", "mean"))
+        self.seed = seed
+        self.generator = torch.Generator()
+        self.start()
+
+    def start(self) -> None:
+        self.generator.manual_seed(self.seed)
+
+    def rule(self, gramian: Tensor, context: Context) -> Tensor:
+        count = gramian.shape[-1]
+        # column k of `order` is the k-th task that each row meets; every row meets itself first, where nothing happens
+        keys = torch.rand(count, count, generator=self.generator)
+        order = keys.fill_diagonal_(-1).argsort(1)
+        norms = gramian.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+        safe = torch.where(norms > 0, norms, 1.0)
+        unit = gramian / safe.unsqueeze(-1) / safe.unsqueeze(-2)
+        rows = torch.diag_embed(norms).contiguous()  # p_i over unit gradients
+        task = torch.arange(count)
+        for k in range(1, count):
+            met = order[:, k]
+            dot = (rows * unit[:, met]).sum(-1)
+            rows[:, task, met] -= dot.clamp_max(0)
+        weights = rows.sum(1) / safe
+        return weights / count if self.reduction == "mean" else weights

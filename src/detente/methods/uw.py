@@ -1,0 +1,60 @@
+"""Uncertainty weighting."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from detente.method import Context, LossWeighting, Paper, TaskScalars, at_least
+
+__all__ = ["UW"]
+
+
+class UW(LossWeighting):
+    """Uncertainty weighting: one learned log-variance ``s_i`` per task.
+
+    The loss is ``sum_i 0.5 (exp(-s_i) L_i + s_i)`` (Kendall et al. 2018, in its common form): task i has weight
+    ``0.5 exp(-s_i)``. The ``s_i`` are learned here, by an Adam of the method's own that steps once per call; nothing
+    has to be added to your optimizer.
+
+    Args:
+        lr: learning rate of the log-variances.
+        init: their starting value.
+
+    Raises:
+        ValueError: ``lr`` is not positive.
+
+    Example:
+        >>> import torch, detente
+        >>> method = detente.UW()
+        >>> method.weights(torch.tensor([4.0, 0.25])).tolist()
+        [0.5, 0.5]
+        >>> w = method.weights(torch.tensor([4.0, 0.25]))
+        >>> bool(w[0] < 0.5 < w[1])  # noisy tasks lose weight
+        True
+    """
+
+    name = "uw"
+    paper = Paper(
+        "kendall2018multi",
+        "Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and Semantics",
+        "Kendall, Alex and Gal, Yarin and Cipolla, Roberto",
+        "IEEE/CVF Conference on Computer Vision and Pattern Recognition",
+        2018,
+        "1705.07115",
+    )
+    state = ("log_variances",)
+
+    def __init__(self, lr: float = 0.025, init: float = 0.0) -> None:
+        super().__init__()
+        self.lr = at_least("lr", lr, 0, strict=True)
+        self.init = float(init)
+        self.start()
+
+    def start(self) -> None:
+        self.log_variances = TaskScalars(self.init, self.lr)
+
+    def rule(self, losses: Tensor, context: Context) -> Tensor:
+        s = self.log_variances.read(context.tasks)
+        weights = 0.5 * (-s).exp()
+        self.log_variances.descend(context.tasks, 0.5 - weights * losses)
+        return weights

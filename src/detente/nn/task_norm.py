@@ -1,0 +1,196 @@
+"""One normalisation layer per task inside a shared trunk.
+
+Connection strength (Jeong & Yoon, CVPR 2024, arXiv 2406.02996, Eq. 5) reads the priority of a task from the affine
+scale and the statistics of that task's own norm. So a trunk shares its convolutions and keeps a norm per task:
+
+    model = detente.nn.convert_task_norm(model, ("segmentation", "depth"))
+    with detente.nn.active_task("depth"):
+        loss = criterion(model(images), depths)
+
+The active task is a context variable: it follows an ``asyncio`` task, but a thread started inside the block begins
+with none and opens a block of its own. Activation checkpointing runs the forward again during ``backward``, when the
+block is over or another task is active; pass the task along to
+``checkpoint(..., use_reentrant=False, context_fn=lambda: (nullcontext(), active_task("depth")))``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Generic, TypeVar, cast
+
+from torch import Tensor, nn
+
+Norm = TypeVar("Norm", bound=nn.Module)
+
+_active: ContextVar[str | None] = ContextVar("detente_active_task", default=None)
+
+
+@contextmanager
+def active_task(name: str) -> Iterator[None]:
+    """Make every task norm use the norm of task ``name`` inside the block; blocks nest.
+
+    Leaving the block, by an exception too, brings the former task back. A name that a norm does not know is reported
+    by that norm's forward, because only the norm knows its tasks.
+    """
+    token = _active.set(name)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+class TaskNorm(nn.Module, Generic[Norm]):
+    """One norm per task; the forward uses the norm of the task set by :func:`active_task`.
+
+    ``norm.tasks`` are the names, ``norm["depth"]`` is that task's norm, ``len`` and iteration go over the names;
+    attributes that a task norm lacks, such as ``eps``, are read from the active task's norm. The state dict is keyed by
+    task name, so it loads whatever the order of the tasks, and a missing task is an error.
+
+    Args:
+        norms: the norm of each task. The names are non-empty strings, dots included.
+
+    Raises:
+        ValueError: no task, or a name that is not a non-empty string.
+        RuntimeError: forward without an active task (a norm with a single task needs none).
+        KeyError: a task, looked up or active, that this norm does not know.
+    """
+
+    def __init__(self, norms: Mapping[str, Norm]) -> None:
+        super().__init__()
+        tasks = _checked(norms)
+        for task, norm in norms.items():
+            self.add_module(_key(task), norm)
+        self.tasks = tasks  # last: from here on __getattr__ looks into the norms
+
+    def __getitem__(self, task: str) -> Norm:
+        if task not in self.tasks:
+            raise KeyError(f"this {type(self).__name__} has no norm for task {task!r}; it knows {list(self.tasks)}")
+        return cast(Norm, self._modules[_key(task)])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tasks)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __getattr__(self, name: str) -> Any:
+        # torch.nn.TransformerEncoderLayer reads norm.eps and norm.weight for its fused kernel instead of calling it
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "tasks" not in self.__dict__ or self._current() not in self.tasks:
+                raise
+        return getattr(self[cast(str, self._current())], name)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise ``input`` with the active task's norm; shape and dtype rules are that norm's own."""
+        task = self._current()
+        if task is None:
+            raise RuntimeError(
+                f"{type(self).__name__} expected an active task, one of {list(self.tasks)}; none is set in this "
+                f"thread. Run the forward inside `with detente.nn.active_task({self.tasks[0]!r}): ...`"
+            )
+        return cast(Tensor, self[task](input))
+
+    def _current(self) -> str | None:
+        task = _active.get()
+        return self.tasks[0] if task is None and len(self.tasks) == 1 else task
+
+
+class TaskBatchNorm1d(TaskNorm[nn.BatchNorm1d]):
+    """A ``torch.nn.BatchNorm1d(num_features, **kwargs)`` per task, each with its own running statistics."""
+
+    def __init__(self, num_features: int, tasks: Iterable[str], **kwargs: Any) -> None:
+        super().__init__({task: nn.BatchNorm1d(num_features, **kwargs) for task in _checked(tasks)})
+
+
+class TaskBatchNorm2d(TaskNorm[nn.BatchNorm2d]):
+    """A ``torch.nn.BatchNorm2d(num_features, **kwargs)`` per task, each with its own running statistics."""
+
+    def __init__(self, num_features: int, tasks: Iterable[str], **kwargs: Any) -> None:
+        super().__init__({task: nn.BatchNorm2d(num_features, **kwargs) for task in _checked(tasks)})
+
+
+class TaskLayerNorm(TaskNorm[nn.LayerNorm]):
+    """A ``torch.nn.LayerNorm(normalized_shape, **kwargs)`` per task."""
+
+    def __init__(self, normalized_shape: int | list[int], tasks: Iterable[str], **kwargs: Any) -> None:
+        super().__init__({task: nn.LayerNorm(normalized_shape, **kwargs) for task in _checked(tasks)})
+
+
+class TaskRMSNorm(TaskNorm[nn.RMSNorm]):
+    """A ``torch.nn.RMSNorm(normalized_shape, **kwargs)`` per task."""
+
+    def __init__(self, normalized_shape: int | list[int], tasks: Iterable[str], **kwargs: Any) -> None:
+        super().__init__({task: nn.RMSNorm(normalized_shape, **kwargs) for task in _checked(tasks)})
+
+
+_TASK_NORMS: dict[type[nn.Module], type[TaskNorm[Any]]] = {
+    nn.BatchNorm1d: TaskBatchNorm1d,
+    nn.BatchNorm2d: TaskBatchNorm2d,
+    nn.LayerNorm: TaskLayerNorm,
+    nn.RMSNorm: TaskRMSNorm,
+}
+
+
+def convert_task_norm(module: nn.Module, tasks: Iterable[str]) -> nn.Module:
+    """Give every BatchNorm1d, BatchNorm2d, LayerNorm and RMSNorm in ``module`` one copy per task.
+
+    Each task starts from a full copy: parameters, running statistics, device, dtype, mode, ``requires_grad``, hooks.
+    A norm used at several places stays shared between them. Norms already converted are left as they are, other
+    kinds of norms too; ``SyncBatchNorm.convert_sync_batchnorm`` goes after this call. The optimizer is made after it
+    as well, for it must know the copies.
+
+    Args:
+        module: changed in place; if it is a norm itself, it is left alone and its task norm returned.
+        tasks: distinct task names.
+
+    Returns:
+        ``module``, or the task norm that replaces it.
+
+    Raises:
+        ValueError: no task, a duplicate, or a name that is not a non-empty string.
+    """
+    names = _checked(tasks)
+    memos: dict[str, dict[int, Any]] = {task: {} for task in names}  # per task, so that tied parameters stay tied
+    converted: dict[nn.Module, nn.Module] = {}
+
+    def convert(module: nn.Module) -> nn.Module:
+        if module not in converted:
+            converted[module] = module
+            kind = next((new for old, new in _TASK_NORMS.items() if isinstance(module, old)), None)
+            if kind is not None:
+                task_norm = kind.__new__(kind)
+                TaskNorm.__init__(task_norm, {task: copy.deepcopy(module, memos[task]) for task in names})
+                task_norm.training = module.training
+                converted[module] = task_norm
+            elif not isinstance(module, TaskNorm):
+                for name, child in list(module._modules.items()):  # named_children() hides a child's second name
+                    if child is not None:
+                        module.add_module(name, convert(child))
+        return converted[module]
+
+    return convert(module)
+
+
+def _checked(tasks: Iterable[str]) -> tuple[str, ...]:
+    """``tasks`` as a tuple of distinct, non-empty names."""
+    if isinstance(tasks, str):
+        raise ValueError(f"tasks must be several names; got the string {tasks!r}. Did you mean ({tasks!r},)?")
+    names = tuple(tasks)
+    if not names:
+        raise ValueError("tasks must name at least one task; got none")
+    if wrong := [name for name in names if not isinstance(name, str) or not name]:
+        raise ValueError(f"task names must be non-empty strings; got {wrong[0]!r}")
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"task names must be distinct; {repeated} appear more than once in {list(names)}")
+    return names
+
+
+def _key(task: str) -> str:
+    """The submodule's name: torch forbids dots in it, and the prefix keeps off the names of module attributes."""
+    return "task_" + task.replace("%", "%25").replace(".", "%2E")

@@ -1,0 +1,65 @@
+"""Gradient samplers: J [T, P] in float64, one for every way in which task gradients can be awkward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(T: int, P: int, seed: int = 0) -> Tensor:
+    return torch.randn(T, P, generator=generator(seed), dtype=torch.float64)
+
+
+def random(T: int, seed: int = 0) -> Tensor:
+    return normal(T, T + 7, seed)
+
+
+def conflicting(T: int, seed: int = 0) -> Tensor:
+    """Most pairs point against each other (mean cosine near -1 / T) and rows stay independent."""
+    J = normal(T, 2 * T + 5, seed)
+    return J if T == 1 else J - 0.95 * J.mean(0)
+
+
+def parallel(T: int, seed: int = 0) -> Tensor:
+    lengths = torch.rand(T, 1, generator=generator(seed), dtype=torch.float64) + 0.5
+    return lengths * normal(1, 9, seed + 1)
+
+
+def antiparallel(T: int, seed: int = 0) -> Tensor:
+    signs = torch.tensor([(-1.0) ** i for i in range(T)], dtype=torch.float64)
+    return signs[:, None] * parallel(T, seed)
+
+
+def low_rank(T: int, seed: int = 0) -> Tensor:
+    """Fewer parameters than tasks."""
+    return normal(T, max(1, T // 2), seed)
+
+
+def duplicated(T: int, seed: int = 0) -> Tensor:
+    """Every second row repeats the one before it."""
+    return random(T, seed)[[i - i % 2 for i in range(T)]]
+
+
+def row_scaled(T: int, seed: int = 0) -> Tensor:
+    """Row norms from 1e-8 to 1e8."""
+    scales = torch.logspace(-8, 8, T, dtype=torch.float64) if T > 1 else torch.tensor([1e8], dtype=torch.float64)
+    return scales[:, None] * random(T, seed)
+
+
+SAMPLERS: dict[str, Callable[..., Tensor]] = {
+    "random": random,
+    "conflicting": conflicting,
+    "parallel": parallel,
+    "antiparallel": antiparallel,
+    "low_rank": low_rank,
+    "duplicated": duplicated,
+    "row_scaled": row_scaled,
+}
+SIZES = (1, 2, 3, 10, 40)
+CASES = [(name, T) for name in SAMPLERS for T in SIZES]
