@@ -52,6 +52,15 @@ def row_scaled(T: int, seed: int = 0) -> Tensor:
     return scales[:, None] * random(T, seed)
 
 
+def integers(T: int, P: int, seed: int = 0) -> Tensor:
+    """Small whole numbers without a zero row: with P < T full of exact dependences, opposites and ties."""
+    draw = generator(1000 * T + 100 * P + seed)
+    J = torch.zeros(T, P, dtype=torch.float64)
+    while bool((J == 0).all(1).any()):
+        J = torch.randint(-3, 4, (T, P), generator=draw).double()
+    return J
+
+
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "random": random,
     "conflicting": conflicting,

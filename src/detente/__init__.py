@@ -5,7 +5,7 @@ One line instead of ``loss.backward()``::
     detente.backward({"depth": depth_loss, "segmentation": segmentation_loss}, detente.CAGrad(c=0.4))
 """
 
-from detente import nn
+from detente import methods, nn
 from detente.backward import aggregate, backward
 from detente.engine.source import Sampled
 from detente.method import GramianMethod, LossWeighting, Method, Update, cite, get_method, list_methods
@@ -13,3 +13,19 @@ from detente.methods import *  # noqa: F403
 from detente.step import step
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "GramianMethod",
+    "LossWeighting",
+    "Method",
+    "Sampled",
+    "Update",
+    "aggregate",
+    "backward",
+    "cite",
+    "get_method",
+    "list_methods",
+    "nn",
+    "step",
+]
+__all__ += methods.__all__

@@ -93,7 +93,7 @@ def run(
         raise TypeError(f"method must be a method of detente; got {method!r}.{hint}")
     if weighting is not None and not isinstance(weighting, LossWeighting):
         raise TypeError(f"weighting must be a loss weighting such as detente.DWA(); got {weighting!r}.")
-    if isinstance(source, str) and source != "parameters" or not isinstance(source, str | Sampled):
+    if source != "parameters" and not isinstance(source, Sampled):
         raise ValueError(f"source must be 'parameters' or detente.Sampled(n); got {source!r}.")
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale must be a positive number; got {scale!r}.")

@@ -74,7 +74,7 @@ def gramian(rows: Tensor) -> Tensor:
     if rows.dtype == torch.float64:
         return rows @ rows.T
     total = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
-    for chunk in rows.split(CHUNK, dim=1):
+    for chunk in torch.split(rows, CHUNK, dim=1):
         wide = chunk.double()
         total.addmm_(wide, wide.T)
     return total

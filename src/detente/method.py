@@ -284,7 +284,7 @@ class GramianMethod(Method):
             return self.rule(flat, context)
         context.stats["dropped"] = [t for t, k in zip(context.tasks, kept.any(0).tolist(), strict=True) if not k]
         result = flat.new_zeros(flat.shape[:-1])
-        for keep in kept.unique(dim=0):
+        for keep in torch.unique(kept, dim=0):
             blocks = (kept == keep).all(1).nonzero()
             rows = keep.nonzero().flatten()
             if len(rows):

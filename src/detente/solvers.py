@@ -65,8 +65,8 @@ def cone(cosine: Array, target: Array, start: NDArray[np.bool_] | None = None) -
     active: list[int] = []
     if start is not None and start.any():
         guess = np.flatnonzero(start)
-        solved = _solve(cosine, target, guess)
-        if solved is not None and solved.min() > 0:
+        solved, regular = _solve(cosine[np.ix_(guess, guess)], target[guess])
+        if regular and solved.min() > 0:
             y[guess] = solved
             active = guess.tolist()
     rejected: set[int] = set()
@@ -90,27 +90,25 @@ def cone(cosine: Array, target: Array, start: NDArray[np.bool_] | None = None) -
     return Cone(y, True, y > 0, False)
 
 
-def _solve(cosine: Array, target: Array, index: NDArray[np.intp]) -> Array | None:
+def _solve(matrix: Array, target: Array) -> tuple[Array, bool]:
+    """Solution of a symmetric system, and whether the matrix was regular (else the least-squares solution)."""
     try:
-        return np.linalg.solve(cosine[np.ix_(index, index)], target[index])
+        return np.asarray(np.linalg.solve(matrix, target), np.float64), True
     except np.linalg.LinAlgError:
-        return None
+        return np.asarray(np.linalg.lstsq(matrix, target, rcond=None)[0], np.float64), False
 
 
 def _enter(cosine: Array, target: Array, y: Array, active: list[int], new: int) -> Array | None:
     """Let row ``new`` into the active set and minimise there, in place; a ray where that has no end."""
     index = np.array(active, dtype=np.intp)
     if len(index):
-        against = _solve(cosine, cosine[:, new], index)
-        dependent = against is None or 1 - cosine[index, new] @ against <= 32 * EPS * (len(index) + 1)
-        if dependent:
-            if against is None:
-                against = np.linalg.lstsq(cosine[np.ix_(index, index)], cosine[index, new], rcond=None)[0]
+        against, regular = _solve(cosine[np.ix_(index, index)], cosine[index, new])
+        if not regular or 1 - cosine[index, new] @ against <= 32 * EPS * (len(index) + 1):
             falling = against > 0
             if not falling.any():
                 ray = np.zeros_like(y)
                 ray[index], ray[new] = -against, 1.0
-                return ray / ray.sum()
+                return np.asarray(ray / ray.sum())
             ratio = np.where(falling, y[index] / np.where(falling, against, 1.0), math.inf)
             first = int(np.argmin(ratio))
             y[new] += ratio[first]
@@ -119,9 +117,7 @@ def _enter(cosine: Array, target: Array, y: Array, active: list[int], new: int) 
     active.append(new)
     while active:
         index = np.array(active, dtype=np.intp)
-        best = _solve(cosine, target, index)
-        if best is None:
-            best = np.linalg.lstsq(cosine[np.ix_(index, index)], target[index], rcond=None)[0]
+        best, _ = _solve(cosine[np.ix_(index, index)], target[index])
         if best.min() > 0:
             y[index] = best
             return None

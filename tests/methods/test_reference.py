@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 import matrices
 from reference import connection, directions, geometry, projections, tensioner, weighting
 
@@ -20,8 +21,9 @@ def test_min_norm_equals_enumeration_of_faces(sampler, T):
     for seed in range(5):
         J = matrices.SAMPLERS[sampler](T, seed).numpy()
         w, d = geometry.min_norm(J)
-        assert w.min() >= 0 and abs(w.sum() - 1) < 1e-12
-        # row_scaled: forming the edges g_i - g_0 rounds at eps times the largest row, so enumeration can do no better there
+        assert w.min() >= 0
+        assert abs(w.sum() - 1) < 1e-12
+        # row_scaled: the edges g_i - g_0 round at eps times the largest row, so enumeration can do no better there
         scale = geometry.norms(J).max() if sampler == "row_scaled" else np.dot(w, geometry.norms(J))
         assert gap(d, geometry.min_norm_by_enumeration(J), scale) < CONDITION
 
@@ -66,7 +68,8 @@ def test_projections_reach_what_they_promise():
     orders = [[j for j in (3, 1, 0, 2) if j != i] for i in range(4)]
     assert min(np.linalg.norm(projections.pcgrad_results(J) - projections.pcgrad(J, orders), axis=1)) < 1e-12
     law = projections.plackett_luce(np.array([0.5, 0.3, 0.2]))
-    assert abs(sum(law.values()) - 1) < 1e-12 and abs(law[0, 1, 2] - 0.5 * 0.6) < 1e-12
+    assert abs(sum(law.values()) - 1) < 1e-12
+    assert abs(law[0, 1, 2] - 0.5 * 0.6) < 1e-12
 
 
 def test_tensioner_fix_lands_on_the_hyperplane():
@@ -75,7 +78,8 @@ def test_tensioner_fix_lands_on_the_hyperplane():
         fixed = tensioner.make_feasible(d, g)
         if d @ g < 0:
             s = (g @ g) / (g @ g - d @ g)
-            assert abs(fixed @ g) < 1e-12 and np.allclose(fixed, s * d + (1 - s) * g, rtol=0, atol=1e-12)
+            assert abs(fixed @ g) < 1e-12
+            assert np.allclose(fixed, s * d + (1 - s) * g, rtol=0, atol=1e-12)
         else:
             assert (fixed == d).all()
     assert tensioner.tension(1.0, 1.0, 0.3) == pytest.approx(1 - 0.15)
@@ -93,5 +97,6 @@ def test_connection_owner_and_groups():
     rows = [np.array([1.0, 2.0]), np.array([3.0, 0.0])]
     a = connection.strength(rows, np.array([1.0, 1.0]), np.array([1.0, 1.0]))
     b = connection.strength(rows, np.array([2.0, 1.0]), np.array([1.0, 1.0]))
-    assert a.sum() == pytest.approx(1) and connection.owners([a, b]) == [1, 0]
+    assert a.sum() == pytest.approx(1)
+    assert connection.owners([a, b]) == [1, 0]
     assert connection.owners([a, a]) == [0, 0]

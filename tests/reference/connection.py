@@ -28,7 +28,7 @@ def columns(W: Array) -> list[Array]:
 
 
 def strength(rows: list[Array], gamma: Array, variance: Array | None, eps: float = 1e-5) -> Array:
-    """Eq. 6 and 7 for one task: gamma_p^2 / (Var_p + eps) * sum of squares, normalised over channels (variance None: LayerNorm)."""
+    """Eq. 6, 7 for one task: gamma_p^2 / (Var_p + eps) * sum of squares, normalised (variance None: LayerNorm)."""
     S = []
     for p, row in enumerate(rows):
         s = 0.0
@@ -52,7 +52,7 @@ def owners(strengths: list[Array]) -> list[int]:
 
 
 def phase_two(rows: list[list[Array]], owner: list[int]) -> list[Array]:
-    """rows[i][p]: gradient of task i on channel p. Returns the summed rows after every group was projected on its owner."""
+    """rows[i][p]: gradient of task i on channel p. Returns the sum after every group was projected on its owner."""
     T, P = len(rows), len(owner)
     out = [sum(rows[i][p] for i in range(T)) for p in range(P)]
     if len(set(owner)) == 1:

@@ -22,11 +22,11 @@ def mgda(J: Array) -> Array:
 
 
 def edm(J: Array) -> tuple[Array, Array]:
-    """(beta, d). Equiangular direction: min-norm point of the unit gradients, length gamma = 1 / sum_i alpha_i / n_i."""
+    """(beta, d). Min-norm point of the unit gradients, with the length gamma = 1 / sum_i alpha_i / n_i."""
     n = norms(J)
-    alpha, v = min_norm(np.array([g / size for g, size in zip(J, n)]))
-    gamma = 1.0 / sum(a / size for a, size in zip(alpha, n))
-    beta = np.array([gamma * a / size for a, size in zip(alpha, n)])
+    alpha, v = min_norm(np.array([g / size for g, size in zip(J, n, strict=True)]))
+    gamma = 1.0 / sum(a / size for a, size in zip(alpha, n, strict=True))
+    beta = np.array([gamma * a / size for a, size in zip(alpha, n, strict=True)])
     if np.sqrt(np.dot(v, v)) <= INSIDE:
         return beta, np.zeros(J.shape[1])
     return beta, gamma * v
@@ -35,23 +35,23 @@ def edm(J: Array) -> tuple[Array, Array]:
 def edm_lengths(J: Array) -> tuple[float, float]:
     """Smallest and largest gamma over ALL minimisers alpha; they differ where unit gradients are affinely dependent."""
     n = norms(J)
-    units = np.array([g / size for g, size in zip(J, n)])
+    units = np.array([g / size for g, size in zip(J, n, strict=True)])
     _, v = min_norm(units)
     basis = np.linalg.qr(units.T)[0] if units.shape[1] > len(J) else np.eye(units.shape[1])
     equalities = np.vstack([basis.T @ units.T, np.ones(len(J))])
     inverse = n.min() / n
     ends = []
     for sign in (1.0, -1.0):
-        found = linprog(sign * inverse, A_eq=equalities, b_eq=np.append(basis.T @ v, 1.0), bounds=(0, None), method="highs")
+        found = linprog(sign * inverse, A_eq=equalities, b_eq=np.append(basis.T @ v, 1.0), bounds=(0, None))
         assert found.status == 0
         ends.append(n.min() / abs(found.fun))
     return min(ends), max(ends)
 
 
 def cagrad(J: Array, c: float, rescale: int | None = None, preference: Array | None = None) -> Array:
-    """maximise min_i g_i . d over ||d - g0|| <= c ||g0||, by bisection over the level nu that min_i g_i . d can reach.
+    """Maximise min_i g_i . d over ||d - g0|| <= c ||g0||, by root finding over the level nu of min_i g_i . d.
 
-    d(nu) is the point of {d : J d >= nu} nearest to g0; its distance grows with nu, and the optimum is where it equals c ||g0||.
+    d(nu) is the point of {d : J d >= nu} nearest to g0; its distance grows with nu, and equals c ||g0|| at the optimum.
     Where 0 lies in the hull of the g_i no level above 0 exists, and d(0) is the maximiser nearest to g0.
     """
     T = len(J)
@@ -64,12 +64,12 @@ def cagrad(J: Array, c: float, rescale: int | None = None, preference: Array | N
     n = norms(J)
     rows = J[n > 0]
     size, least = norms(rows), norms(rows).min()
-    units = np.array([g / s for g, s in zip(rows, size)])
+    units = np.array([g / s for g, s in zip(rows, size, strict=True)])
     centre = g0 / np.sqrt(np.dot(g0, g0))
     along = units @ centre
 
     def nearest(level: float) -> tuple[Array, Array, Array] | None:
-        """In units of ||g0||, level in units of n_min ||g0||; constraints that no point of the ball can break are left out."""
+        """In units of ||g0||, level in units of n_min ||g0||; constraints the ball cannot break are left out."""
         levels = level * (least / size) - along
         kept = np.flatnonzero(levels > -(c + 1.0))
         found = shortest(units[kept], levels[kept])
@@ -95,14 +95,16 @@ def cagrad(J: Array, c: float, rescale: int | None = None, preference: Array | N
     assert w.sum() > 0
     g_w = gd(rows, w / w.sum())
     dual = np.dot(g_w, g0) + radius * np.sqrt(np.dot(g_w, g_w))
-    for u, n_i in zip(units, size):  # on unit rows: g_i . d itself carries eps n_i ||d||, which may exceed the level of a small row
+    # on unit rows: g_i . d itself carries eps n_i ||d||, which may exceed the level that a small row sets
+    for u, n_i in zip(units, size, strict=True):
         short = dual / n_i - np.dot(u, d)
         assert short <= 100 * EXACT * (1 + c) * np.sqrt(np.dot(g0, g0)), f"CAGrad oracle: {short:.1e} below F(w)"
     return scale * d
 
 
 def cagrad_two_tasks(J: Array, c: float) -> Array:
-    """T = 2 by bisection on the sign of F'(x), w = (x, 1 - x)."""
+    """T = 2 by bisection on the sign of F'(x), x the weight of the longer row (small values keep all their digits)."""
+    J = J[np.argsort(-norms(J))]
     g0 = (J[0] + J[1]) / 2
     radius = c * np.sqrt(np.dot(g0, g0))
 
@@ -115,6 +117,6 @@ def cagrad_two_tasks(J: Array, c: float) -> Array:
     elif slope(1.0) <= 0:
         x = 1.0
     else:
-        x = brentq(slope, 0.0, 1.0, xtol=1e-16, rtol=1e-15)
+        x = brentq(slope, 0.0, 1.0, xtol=1e-300, rtol=1e-15, maxiter=2000)
     g_w = x * J[0] + (1 - x) * J[1]
     return g0 + radius * g_w / np.sqrt(np.dot(g_w, g_w))

@@ -1,7 +1,7 @@
 """The two convex problems behind most methods, solved on the vectors themselves and checked before they are returned.
 
-Both are reduced to non-negative least squares (Lawson and Hanson, "Solving Least Squares Problems", ch. 23), which never forms
-the Gramian, so the oracle keeps the digits that squaring the gradients loses.
+Both are reduced to non-negative least squares (Lawson and Hanson, "Solving Least Squares Problems", ch. 23), which never
+forms the Gramian, so the oracle keeps the digits that squaring the gradients loses.
 """
 
 from __future__ import annotations
@@ -36,15 +36,16 @@ def nnls_polished(A: Array, b: Array) -> Array:
 def min_norm(J: Array) -> tuple[Array, Array]:
     """(w, g_w): the point of smallest norm in the convex hull of the rows, and weights that reach it.
 
-    For a fixed direction of y >= 0 the best length of  ||J^T y||^2 + (1.y - 1)^2  leaves  q / (1 + q)  with q = ||g_w||^2, so the
-    non-negative least squares problem and the simplex problem have the same minimiser after y is divided by its sum.
+    For a fixed direction of y >= 0 the best length of  ||J^T y||^2 + (1.y - 1)^2  leaves  q / (1 + q)  with
+    q = ||g_w||^2, so the non-negative least squares problem and the simplex problem have the same minimiser after y is
+    divided by its sum.
     The unknowns are y_i n_i / n_min, which keeps every column of length about one whatever the row scales.
     """
     n = norms(J)
     if n.min() == 0.0:
         w = (n == 0).astype(float)
         return w / w.sum(), np.zeros(J.shape[1])
-    units = np.array([g / size for g, size in zip(J, n)])
+    units = np.array([g / size for g, size in zip(J, n, strict=True)])
     share = n.min() / n
     y = nnls_polished(np.vstack([units.T, share]), np.append(np.zeros(J.shape[1]), 1.0))
     y = y / np.dot(share, y)
@@ -56,7 +57,7 @@ def min_norm(J: Array) -> tuple[Array, Array]:
 
 
 def min_norm_by_enumeration(J: Array) -> Array:
-    """The same point for a few rows: the nearest point of every face's affine hull, kept where its weights are non-negative."""
+    """The same point for a few rows: the nearest point of every face's affine hull, where its weights are not negative."""
     best = min(J, key=lambda g: np.dot(g, g))
     for size in range(2, len(J) + 1):
         for face in combinations(range(len(J)), size):
@@ -70,7 +71,7 @@ def min_norm_by_enumeration(J: Array) -> Array:
 
 
 def shortest(units: Array, levels: Array) -> tuple[Array, Array] | None:
-    """(x, multipliers): the shortest x with units @ x >= levels, x = sum_i multipliers_i units_i; None where there is none."""
+    """(x, multipliers): the shortest x with units @ x >= levels, x = sum_i multipliers_i units_i; None without any."""
     if levels.max(initial=-1.0) <= 0:
         return np.zeros(units.shape[1]), np.zeros(len(units))
     E = np.vstack([units.T, levels])
@@ -90,7 +91,7 @@ def shortest(units: Array, levels: Array) -> tuple[Array, Array] | None:
 def project_on_dual_cone(J: Array, g: Array) -> Array:
     """The point of {d : J d >= 0} nearest to g."""
     n = norms(J)
-    units = np.array([row / size for row, size in zip(J, n) if size > 0])
+    units = np.array([row / size for row, size in zip(J, n, strict=True) if size > 0])
     size = np.sqrt(np.dot(g, g))
     if size == 0.0 or not len(units):
         return g.copy()

@@ -19,7 +19,10 @@ def tension(ratio: float, loss: float, alpha: float) -> float:
 
 
 def make_feasible(d: Array, g: Array) -> Array:
-    """Where the angle of g and d exceeds 90 degrees: tan(psi) ||g|| w / ||w||, psi = pi - angle(g, d - g), w = d without g's part."""
+    """Where the angle of g and d exceeds 90 degrees: tan(psi) ||g|| w / ||w||, w = d without its part along g.
+
+    psi = pi - angle(g, d - g).
+    """
     n = np.sqrt(np.dot(g, g))
     u = g / n
     if np.dot(d, g) >= 0:
@@ -41,7 +44,7 @@ def cdtt(
     passes: str = "single",
     cap: int = 10_000,
 ) -> list[Array]:
-    """The update of every step of a run; steps: (J, losses). Tensions exist once two full windows of norms have been seen."""
+    """The update of every step of a run; steps: (J, losses). Tensions exist once two full windows have been seen."""
     seen: list[list[float]] = [[] for _ in steps[0][1]]
     updates = []
     for J, losses in steps:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def dwa(epochs: Sequence[Sequence[float]], temperature: float = 2.0) -> list[float]:
-    """Weights of the epoch after `epochs` (mean losses per finished epoch): w = T softmax(r / tau), r = L(e-1) / L(e-2)."""
+    """Weights of the epoch after `epochs` (mean losses of each): w = T softmax(r / tau), r = L(e-1) / L(e-2)."""
     T = len(epochs[-1]) if epochs else 0
     if len(epochs) < 2:
         return [1.0] * T
@@ -46,3 +46,18 @@ def gls(losses: Sequence[float]) -> list[float]:
 def loss_power(losses: Sequence[float], gamma: float = 1.0) -> list[float]:
     total = sum(loss**gamma for loss in losses)
     return [loss**gamma / total for loss in losses]
+
+
+def uw(losses: Sequence[Sequence[float]], lr: float = 0.025, init: float = 0.0) -> list[list[float]]:
+    """Weights of every step; after each, Adam (0.9, 0.999, 1e-8) moves every s_i down its own slope."""
+    T = len(losses[0])
+    s, m, v = [init] * T, [0.0] * T, [0.0] * T
+    history = []
+    for step, values in enumerate(losses, 1):
+        history.append([uw_weight(s_i) for s_i in s])
+        for i in range(T):
+            slope = uw_slope(s[i], values[i])
+            m[i] = 0.9 * m[i] + 0.1 * slope
+            v[i] = 0.999 * v[i] + 0.001 * slope**2
+            s[i] -= lr * (m[i] / (1 - 0.9**step)) / (math.sqrt(v[i] / (1 - 0.999**step)) + 1e-8)
+    return history

@@ -34,9 +34,10 @@ def accuracy(prediction: Tensor, target: Tensor) -> float:
 def segmentation(prediction: Tensor, target: Tensor, classes: int, ignore: int = -1) -> dict[str, float]:
     """`miou` and `pixel_accuracy` from one confusion matrix over the whole evaluation set.
 
-    `prediction`: logits [N, C, ...] or labels [N, ...]; `target`: labels [N, ...] in [0, classes), or `ignore`, which is
-    left out. IoU of a class is hits / (predicted + present - hits); a class that is neither predicted nor present has no
-    IoU and does not enter the mean (nan-mean). Raises ValueError on labels outside the range or no labelled pixel.
+    `prediction`: logits [N, C, ...] or labels [N, ...]; `target`: labels [N, ...] in [0, classes), or `ignore`, which
+    is left out. IoU of a class is hits / (predicted + present - hits); a class that is neither predicted nor present
+    has no IoU and does not enter the mean (nan-mean). Raises ValueError on labels outside the range, or if no pixel is
+    labelled.
     """
     labels = _labels(prediction, target)
     labelled = target != ignore
@@ -74,8 +75,8 @@ def angle_errors(prediction: Tensor, target: Tensor) -> dict[str, float]:
     """Angles between two fields of directions [N, 3, ...], in degrees, pooled over all valid pixels.
 
     Returns `mean_angle`, `median_angle` (mean of the middle two for an even count) and the shares `within_11` (below
-    11.25 degrees), `within_22` (22.5) and `within_30`. Lengths do not matter, except that a zero target marks an invalid
-    pixel and a zero prediction counts as 90 degrees. Raises ValueError if no pixel is valid.
+    11.25 degrees), `within_22` (22.5) and `within_30`. Lengths do not matter, except that a zero target marks an
+    invalid pixel and a zero prediction counts as 90 degrees. Raises ValueError if no pixel is valid.
     """
     if prediction.shape != target.shape or target.ndim < 2 or target.shape[1] != 3:
         raise ValueError(f"both fields must be [N, 3, ...]; got {_shape(prediction)} and {_shape(target)}.")
@@ -108,13 +109,13 @@ def delta_m(
     With the default `sign="lower_better"` (CAGrad, Nash-MTL, FAMO) it is a drop, negative where the method beats the
     baseline; `"higher_better"` (Maninis et al. 2019, LibMTL, CDTT) is its negative. `groups=None` averages over all
     metrics alike; a group per metric, usually its task, averages within each group first and then over the groups. That
-    choice can change the ranking: state it, and the sign, beside every figure. The change is divided by |baseline|, which
-    is the published formula for positive baselines and keeps better and worse apart for negative ones.
+    choice can change the ranking: state it, and the sign, beside every figure. The change is divided by |baseline|:
+    the published formula for positive baselines, and better stays better for negative ones.
 
     Raises ValueError if the lengths differ, nothing is given, or a baseline is 0 or not finite.
 
-    >>> delta_m([40.0, 0.55], [38.0, 0.5], [True, False])     # +5.3 % mIoU, +10 % error
-    2.3684210526315823
+    >>> round(delta_m([40.0, 0.55], [38.0, 0.5], [True, False]), 2)     # mIoU 5.26 % better, error 10 % worse
+    2.37
     """
     if not len(values) == len(baseline) == len(higher_better) >= 1:
         raise ValueError(
@@ -174,8 +175,8 @@ def _labels(prediction: Tensor, target: Tensor) -> Tensor:
     labels = prediction.argmax(dim=1) if prediction.ndim == target.ndim + 1 else prediction
     if labels.shape != target.shape:
         raise ValueError(
-            f"prediction must be labels of the target's shape {_shape(target)} or logits with a class dimension in second "
-            f"place; got {_shape(prediction)}."
+            f"prediction must be labels of the target's shape {_shape(target)}, or logits with one more dimension, "
+            f"the classes, in second place; got {_shape(prediction)}."
         )
     return labels
 

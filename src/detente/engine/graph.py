@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
@@ -86,6 +85,6 @@ def _leaves(losses: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
         for child, _ in node.next_functions:
             if child is not None:
                 masks[child] |= mask
-        if isinstance(node, torch._C._functions.AccumulateGrad):
-            leaves.append((node.variable, mask))
+        if node.name() == "torch::autograd::AccumulateGrad":
+            leaves.append((node.variable, mask))  # type: ignore[attr-defined]
     return leaves

@@ -38,7 +38,7 @@ class Jacobian:
             sizes = [self.parameters[k].numel() * (2 if self.parameters[k].is_complex() else 1) for k in members]
             buffer = torch.empty(count, sum(sizes), dtype=dtype, device=device)
             self.groups.append((members, buffer))
-            for k, part in zip(members, buffer.split(sizes, dim=1), strict=True):
+            for k, part in zip(members, torch.split(buffer, sizes, dim=1), strict=True):
                 p = self.parameters[k]
                 self.slices[k] = part.view(count, *p.shape, *([2] if p.is_complex() else []))
 
@@ -77,7 +77,7 @@ class Jacobian:
             for members, buffer in self.groups:
                 combined = weights[0].to(buffer.device, buffer.dtype) @ buffer
                 shapes = [self.slices[k].shape[1:] for k in members]
-                for k, part in zip(members, combined.split([s.numel() for s in shapes]), strict=True):
+                for k, part in zip(members, torch.split(combined, [s.numel() for s in shapes]), strict=True):
                     updates[k] = part.view(self.slices[k].shape[1:])
         else:
             for k, ((dims, index), rows) in enumerate(zip(partition.members, self.slices, strict=True)):

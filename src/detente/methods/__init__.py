@@ -8,4 +8,4 @@ from detente.method import registry
 
 _classes = {cls.__name__: cls for cls in registry().values()}
 globals().update(_classes)
-__all__ = sorted(_classes)  # noqa: PLE0605
+__all__ = sorted(_classes)

@@ -134,12 +134,13 @@ def _two_tasks(gramian: Array, centre: Array, c: float) -> Array:
     def solve(rhs: Array) -> Array:
         return np.asarray((rhs - cos * rhs[:, ::-1]) / det)
 
-    a, g = solve(inverse), solve(along)
-    slope = (inverse * a).sum(1, keepdims=True)
-    base = (inverse * g).sum(1, keepdims=True) / slope
-    rest = ((along - base * inverse) * (g - base * a)).sum(1, keepdims=True)
-    root = base + np.sqrt(np.maximum(r**2 - rest, 0) / slope)
-    both = np.maximum(root * a - g, 0)
+    with np.errstate(all="ignore"):  # parallel gradients never need both
+        a, g = solve(inverse), solve(along)
+        slope = (inverse * a).sum(1, keepdims=True)
+        base = (inverse * g).sum(1, keepdims=True) / slope
+        rest = ((along - base * inverse) * (g - base * a)).sum(1, keepdims=True)
+        root = base + np.sqrt(np.maximum(r**2 - rest, 0) / slope)
+        both = np.maximum(root * a - g, 0)
     # opposite gradients: nothing beyond level 0, where d is the projection of the centre on their complement
     opposite = (1 + cos <= 4 * math.ulp(1.0)) & ~alone.any(1, keepdims=True)
     both = np.where(opposite, np.maximum(-along, 0), both)

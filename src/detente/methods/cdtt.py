@@ -152,7 +152,10 @@ class CDTT(GramianMethod):
 
     def _feasible(self, gramian: Array, weights: Array) -> tuple[Array, int]:
         diagonal = np.diagonal(gramian)
-        for used in range(1, (1 if self.passes == "single" else self.max_passes) + 1):
+        passes = 0
+        moved = True
+        while moved and passes < (1 if self.passes == "single" else self.max_passes):
+            passes += 1
             moved = False
             for k in range(len(weights)):
                 row = gramian[k] * weights
@@ -163,6 +166,4 @@ class CDTT(GramianMethod):
                     weights = share * weights
                     weights[k] += 1 - share
                     moved = True
-            if not moved:
-                break
-        return weights, used
+        return weights, passes

@@ -93,12 +93,13 @@ def find_pairs(model: nn.Module) -> list[Pair]:
             continue
         before = order[k - 1] if k else ("", None)
         after = order[k + 1] if k + 1 < len(order) else ("", None)
-        fits_before = isinstance(before[1], _LAYERS) and _fits(norm, _outputs(before[1]))
+        behind = _LAYERS if isinstance(norm, _BATCH_NORMS) else (nn.Linear,)
+        fits_before = isinstance(before[1], behind) and _fits(norm, _outputs(before[1]))
         fits_after = isinstance(after[1], nn.Linear) and _fits(norm, after[1].in_features)
         chosen: tuple[tuple[str, nn.Module | None], Literal["batch", "post", "pre"]] | None = None
         if isinstance(norm, _BATCH_NORMS):
             chosen = (before, "batch") if fits_before else None
-        elif fits_before and isinstance(before[1], nn.Linear) and (_neighbours(model, before[0], name) or not fits_after):
+        elif fits_before and (_neighbours(model, before[0], name) or not fits_after):
             chosen = (before, "post")
         elif fits_after:
             chosen = (after, "pre")
@@ -278,7 +279,7 @@ class ConnectionStrength(GramianMethod):
         for p in parameters:
             pair = by_weight.get(id(p))
             owner = None if pair is None else self.owners(pair)
-            if pair is None or owner is None or len(owner.unique()) == 1:
+            if pair is None or owner is None or bool((owner == owner[0]).all()):
                 members.append(((), torch.tensor(0)))
                 continue
             if granularity == "model":
@@ -294,7 +295,8 @@ class ConnectionStrength(GramianMethod):
         return Partition(len(owners), tuple(members), torch.tensor(owners))
 
     def rule(self, gramian: Tensor, context: Context) -> Tensor:
-        assert context.partition is not None and context.partition.owners is not None
+        assert context.partition is not None
+        assert context.partition.owners is not None
         owners = context.partition.owners
         weights = torch.ones(gramian.shape[:-1], dtype=torch.float64)
         owned = (owners >= 0).nonzero().flatten()

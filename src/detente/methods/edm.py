@@ -20,6 +20,8 @@ def equiangular(gramian: Array) -> tuple[Array, bool]:
     if zero.any():
         return zero / zero.sum(), True
     norms, cosine = norms_and_cosines(gramian)
+    if len(norms) == 2:
+        return norms[::-1] / norms.sum(), True
     solution = cone(cosine, np.ones(len(norms)))
     weights = solution.y / (norms / norms.min())
     return weights / weights.sum(), solution.exact

@@ -1,16 +1,17 @@
 """One normalisation layer per task inside a shared trunk.
 
-Connection strength (Jeong & Yoon, CVPR 2024, arXiv 2406.02996, Eq. 5) reads the priority of a task from the affine
-scale and the statistics of that task's own norm. So a trunk shares its convolutions and keeps a norm per task:
+Connection strength (Jeong & Yoon, CVPR 2024, arXiv 2406.02996, Eq. 5) reads a task's priority from the affine
+scale and the statistics of that task's own norm. A trunk shares its convolutions and keeps a norm per task:
 
     model = detente.nn.convert_task_norm(model, ("segmentation", "depth"))
     with detente.nn.active_task("depth"):
         loss = criterion(model(images), depths)
 
-The active task is a context variable: it follows an ``asyncio`` task, but a thread started inside the block begins
-with none and opens a block of its own. Activation checkpointing runs the forward again during ``backward``, when the
-block is over or another task is active; pass the task along to
+The active task is a context variable: it follows an ``asyncio`` task, but a thread started inside the block
+begins with none and opens a block of its own. Activation checkpointing runs the forward again during
+``backward``, when the block is over or another task is active; pass the task along to
 ``checkpoint(..., use_reentrant=False, context_fn=lambda: (nullcontext(), active_task("depth")))``.
+``torch.compile`` cuts its graph at every task norm.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ _active: ContextVar[str | None] = ContextVar("detente_active_task", default=None
 def active_task(name: str) -> Iterator[None]:
     """Make every task norm use the norm of task ``name`` inside the block; blocks nest.
 
-    Leaving the block, by an exception too, brings the former task back. A name that a norm does not know is reported
-    by that norm's forward, because only the norm knows its tasks.
+    Leaving the block, by an exception too, brings the former task back. A name that a norm does not know is
+    reported by that norm's forward, because only the norm knows its tasks.
     """
     token = _active.set(name)
     try:
@@ -46,9 +47,9 @@ def active_task(name: str) -> Iterator[None]:
 class TaskNorm(nn.Module, Generic[Norm]):
     """One norm per task; the forward uses the norm of the task set by :func:`active_task`.
 
-    ``norm.tasks`` are the names, ``norm["depth"]`` is that task's norm, ``len`` and iteration go over the names;
-    attributes that a task norm lacks, such as ``eps``, are read from the active task's norm. The state dict is keyed by
-    task name, so it loads whatever the order of the tasks, and a missing task is an error.
+    ``norm.tasks`` are the names, ``norm["depth"]`` is that task's norm, ``len`` and iteration go over the
+    names; attributes that a task norm lacks, such as ``eps``, are read from the active task's norm. The state
+    dict is keyed by task name, so it loads whatever the order of the tasks, and a missing task is an error.
 
     Args:
         norms: the norm of each task. The names are non-empty strings, dots included.
@@ -68,7 +69,9 @@ class TaskNorm(nn.Module, Generic[Norm]):
 
     def __getitem__(self, task: str) -> Norm:
         if task not in self.tasks:
-            raise KeyError(f"this {type(self).__name__} has no norm for task {task!r}; it knows {list(self.tasks)}")
+            raise KeyError(
+                f"{type(self).__name__} has no norm for task {task!r}; it knows {list(self.tasks)}"
+            )
         return cast(Norm, self._modules[_key(task)])
 
     def __iter__(self) -> Iterator[str]:
@@ -78,7 +81,7 @@ class TaskNorm(nn.Module, Generic[Norm]):
         return len(self.tasks)
 
     def __getattr__(self, name: str) -> Any:
-        # torch.nn.TransformerEncoderLayer reads norm.eps and norm.weight for its fused kernel instead of calling it
+        # torch.nn.TransformerEncoderLayer reads eps and weight for its fused kernel, not calling the norm
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -91,8 +94,8 @@ class TaskNorm(nn.Module, Generic[Norm]):
         task = self._current()
         if task is None:
             raise RuntimeError(
-                f"{type(self).__name__} expected an active task, one of {list(self.tasks)}; none is set in this "
-                f"thread. Run the forward inside `with detente.nn.active_task({self.tasks[0]!r}): ...`"
+                f"{type(self).__name__} expected an active task, one of {list(self.tasks)}; none is set in "
+                f"this thread. Run the forward inside `with detente.nn.active_task({self.tasks[0]!r}): ...`"
             )
         return cast(Tensor, self[task](input))
 
@@ -140,10 +143,10 @@ _TASK_NORMS: dict[type[nn.Module], type[TaskNorm[Any]]] = {
 def convert_task_norm(module: nn.Module, tasks: Iterable[str]) -> nn.Module:
     """Give every BatchNorm1d, BatchNorm2d, LayerNorm and RMSNorm in ``module`` one copy per task.
 
-    Each task starts from a full copy: parameters, running statistics, device, dtype, mode, ``requires_grad``, hooks.
-    A norm used at several places stays shared between them. Norms already converted are left as they are, other
-    kinds of norms too; ``SyncBatchNorm.convert_sync_batchnorm`` goes after this call. The optimizer is made after it
-    as well, for it must know the copies.
+    Each task starts from a full copy: parameters, running statistics, device, dtype, mode, ``requires_grad``,
+    hooks. A norm used at several places stays shared between them. Norms already converted are left as they
+    are, other kinds of norms too. Call it before ``SyncBatchNorm.convert_sync_batchnorm`` and before making
+    the optimizer, which must know the copies.
 
     Args:
         module: changed in place; if it is a norm itself, it is left alone and its task norm returned.
@@ -156,7 +159,7 @@ def convert_task_norm(module: nn.Module, tasks: Iterable[str]) -> nn.Module:
         ValueError: no task, a duplicate, or a name that is not a non-empty string.
     """
     names = _checked(tasks)
-    memos: dict[str, dict[int, Any]] = {task: {} for task in names}  # per task, so that tied parameters stay tied
+    memos: dict[str, dict[int, Any]] = {task: {} for task in names}  # of deepcopy: tied parameters stay tied
     converted: dict[nn.Module, nn.Module] = {}
 
     def convert(module: nn.Module) -> nn.Module:
@@ -169,7 +172,8 @@ def convert_task_norm(module: nn.Module, tasks: Iterable[str]) -> nn.Module:
                 task_norm.training = module.training
                 converted[module] = task_norm
             elif not isinstance(module, TaskNorm):
-                for name, child in list(module._modules.items()):  # named_children() hides a child's second name
+                # not named_children(), which hides a child's second name
+                for name, child in list(module._modules.items()):
                     if child is not None:
                         module.add_module(name, convert(child))
         return converted[module]
@@ -192,5 +196,5 @@ def _checked(tasks: Iterable[str]) -> tuple[str, ...]:
 
 
 def _key(task: str) -> str:
-    """The submodule's name: torch forbids dots in it, and the prefix keeps off the names of module attributes."""
+    """The submodule's name: torch forbids dots (escaped here) and names of attributes (hence the prefix)."""
     return "task_" + task.replace("%", "%25").replace(".", "%2E")

@@ -3,12 +3,19 @@
 Procedural scenes are ray-cast with numpy when the data is made; nothing is downloaded or stored. Furnished rooms have
 boxes, cabinets, balls, rugs and pictures under a lamp that casts shadows. Rugs and pictures are flush with the surface
 they lie on, so segmentation must see edges that depth and normals must ignore.
+
+Measured on one CPU core: 4 ms per image; 0.10 s per step with one backward pass and 0.19 s with one per task, so 30
+epochs of 25 steps take about 80 to 150 s. After 20 epochs of the plain sum of the losses (one seed, test set), against
+single tasks: mIoU .530 / .584, depth .429 / .476 m, normals 22.0 / 19.6 degrees. Gradient cosines were negative in 31%
+(segmentation and depth), 14% (segmentation and normals) and 25% (depth and normals) of 100 probed steps; in 8, 4 and
+12% of those in the second half of the run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from detente.benchmark.metrics import angle_errors, depth_errors, segmentation
 
-tasks = {
+tasks: dict[str, dict[str, str]] = {
     "segmentation": {"miou": "max", "pixel_accuracy": "max"},
     "depth": {"absolute_error": "min", "relative_error": "min"},
     "normals": {
@@ -31,7 +38,7 @@ tasks = {
         "within_30": "max",
     },
 }
-settings = {"epochs": 30, "batch_size": 16, "lr": 1e-3}
+settings: dict[str, float] = {"epochs": 30, "batch_size": 16, "lr": 1e-3}
 classes = ("floor", "ceiling", "wall", "rug", "picture", "box", "cabinet", "ball")
 
 SIZES = {"train": 400, "val": 96, "test": 96}
@@ -39,7 +46,7 @@ FLOOR, CEILING, WALL, RUG, PICTURE, BOX, CABINET, BALL = range(len(classes))
 HALF_VIEW = 0.75  # tangent of half the field of view (74 degrees): focal length 42.7 pixels for 64
 GRAZING = 0.08  # the depth sensor loses surfaces seen at less than asin(0.08) = 4.6 degrees
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]
 
 
 def make_data() -> dict[str, Dataset[tuple[Tensor, ...]]]:
@@ -56,66 +63,62 @@ def make_model(tasks: tuple[str, ...]) -> nn.Module:
     return UNet(tasks)
 
 
-def losses(model: nn.Module, batch: tuple[Tensor, ...], tasks: tuple[str, ...]) -> dict[str, Tensor]:
-    """Cross-entropy, L1 in metres and 1 - cosine, the last two over valid pixels. In training half the images are mirrored."""
+def losses(model: nn.Module, batch: Sequence[Tensor], tasks: tuple[str, ...]) -> dict[str, Tensor]:
+    """Cross-entropy; L1 in metres and 1 - cosine over valid pixels. In training, half the images are mirrored."""
     if model.training:
-        batch = mirror(batch, torch.rand(len(batch[0])) < 0.5)
+        batch = mirror(batch, torch.rand(len(batch[0]), device=batch[0].device) < 0.5)
     image, labels, depth, normals = batch
-    output = model(image)
-    compute: dict[str, Callable[[], Tensor]] = {
-        "segmentation": lambda: F.cross_entropy(output["segmentation"], labels),
-        "depth": lambda: (output["depth"] - depth).abs()[depth > 0].mean(),
-        "normals": lambda: (1 - F.cosine_similarity(output["normals"], normals, dim=1))[depth[:, 0] > 0].mean(),
+    valid = depth > 0
+    criteria: dict[str, Callable[[Tensor], Tensor]] = {
+        "segmentation": lambda found: F.cross_entropy(found, labels),
+        "depth": lambda found: (found - depth)[valid].abs().mean(),
+        "normals": lambda found: (1 - F.cosine_similarity(found, normals, dim=1))[valid[:, 0]].mean(),
     }
-    return {task: compute[task]() for task in tasks}
+    output = model(image)
+    return {task: criteria[task](output[task]) for task in tasks}
 
 
 def metrics(model: nn.Module, data: Dataset[tuple[Tensor, ...]], tasks: tuple[str, ...]) -> dict[str, dict[str, float]]:
-    """NYUv2's nine figures, pooled over the pixels of the whole set (shares as fractions, depth in metres, degrees)."""
+    """NYUv2's nine figures, pooled over the pixels of the whole set: shares as fractions, metres, degrees."""
     batches = [(model(image), target) for image, *target in DataLoader(data, batch_size=32)]
-    targets = dict(zip(("segmentation", "depth", "normals"), map(torch.cat, zip(*(t for _, t in batches))), strict=True))
-    compute: dict[str, Callable[[Tensor, Tensor], dict[str, float]]] = {
-        "segmentation": lambda found, truth: segmentation(found, truth, len(classes)),
-        "depth": depth_errors,
-        "normals": angle_errors,
+    labels, depth, normals = (torch.cat(parts) for parts in zip(*(target for _, target in batches), strict=True))
+    criteria: dict[str, Callable[[Tensor], dict[str, float]]] = {
+        "segmentation": lambda found: segmentation(found, labels, len(classes)),
+        "depth": lambda found: depth_errors(found, depth),
+        "normals": lambda found: angle_errors(found, normals),
     }
-    return {task: compute[task](torch.cat([found[task] for found, _ in batches]), targets[task]) for task in tasks}
+    return {task: criteria[task](torch.cat([output[task] for output, _ in batches])) for task in tasks}
 
 
-def mirror(batch: tuple[Tensor, ...], chosen: Tensor) -> tuple[Tensor, ...]:
+def mirror(batch: Sequence[Tensor], chosen: Tensor) -> tuple[Tensor, ...]:
     """The batch with the chosen images (bool [N]) flipped left to right; the normals' x changes sign with them."""
-    image, labels, depth, normals = (
-        torch.where(chosen.view(-1, *[1] * (part.ndim - 1)), part.flip(-1), part) for part in batch
+    *others, normals = (part.flip(-1) for part in batch)
+    flipped = (*others, normals * normals.new_tensor([-1.0, 1.0, 1.0])[:, None, None])
+    return tuple(
+        torch.where(chosen.view(-1, *[1] * (old.ndim - 1)), new, old) for new, old in zip(flipped, batch, strict=True)
     )
-    sign = torch.ones(len(chosen), 3).masked_fill_(torch.stack([chosen, chosen & False, chosen & False], 1), -1.0)
-    return image, labels, depth, normals * sign[:, :, None, None]
 
 
 class UNet(nn.Module):
-    """Encoder-decoder with skip connections, [N, 3, H, W] -> {task: [N, channels, H, W]}; H and W multiples of 8."""
+    """Encoder-decoder with skip connections, shared but for one linear layer per task.
 
-    channels = {"segmentation": len(classes), "depth": 1, "normals": 3}
+    Maps [N, 3, H, W] to {task: [N, channels, H, W]}; H and W must be multiples of 8.
+    """
 
-    def __init__(self, tasks: tuple[str, ...], width: int = 16) -> None:
+    def __init__(self, tasks: tuple[str, ...]) -> None:
         super().__init__()
-        w1, w2, w3, w4 = width, 2 * width, 4 * width, 6 * width
-        self.down = nn.ModuleList([_block(3, w1), _block(w1, w2), _block(w2, w3), _block(w3, w4)])
-        self.up = nn.ModuleList([_block(w4 + w3, w3), _block(w3 + w2, w2), _block(w2 + w1, w1)])
-        self.heads = nn.ModuleDict(
-            {
-                task: nn.Sequential(nn.Conv2d(w1, w1, 3, padding=1), nn.ReLU(), nn.Conv2d(w1, self.channels[task], 1))
-                for task in tasks
-            }
-        )
+        self.down = nn.ModuleList([_block(3, 16), _block(16, 32), _block(32, 64), _block(64, 128)])
+        self.up = nn.ModuleList([_block(128 + 64, 64), _block(64 + 32, 32), _block(32 + 16, 16)])
+        channels = {"segmentation": len(classes), "depth": 1, "normals": 3}
+        self.heads = nn.ModuleDict({task: nn.Conv2d(16, channels[task], 1) for task in tasks})
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        levels: list[Tensor] = []
-        x = image
-        for block in self.down:
-            x = block(F.max_pool2d(x, 2) if levels else x)
-            levels.append(x)
-        for block, skip in zip(self.up, reversed(levels[:-1]), strict=True):
-            x = block(torch.cat([F.interpolate(x, scale_factor=2.0), skip], dim=1))
+        levels = [self.down[0](image.contiguous(memory_format=torch.channels_last))]  # a third faster on CPUs
+        for block in self.down[1:]:
+            levels.append(block(F.max_pool2d(levels[-1], 2)))
+        x = levels.pop()
+        for block in self.up:
+            x = block(torch.cat([F.interpolate(x, scale_factor=2.0), levels.pop()], dim=1))
         return {task: head(x) for task, head in self.heads.items()}
 
 
@@ -123,13 +126,14 @@ def _block(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
 
 
-# ---- The rooms. World: metres, y up, floor at y = -half height. Camera: x right, y down, z forward, as in the labels. ----
+# The rooms. World: metres, y up, origin in the room's middle. Camera, and so the labels: x right, y down, z forward.
 
 
 def render(rng: Generator, size: int = 64) -> tuple[Array, NDArray[np.int64], Array, Array]:
-    """One scene: image [3, S, S], classes [S, S], depth [1, S, S] along the optical axis in metres, unit normals [3, S, S].
+    """One scene: image [3, S, S], classes [S, S], depth [1, S, S] and normals [3, S, S].
 
-    Normals point towards the camera. Depth and normals are 0 where the sensor sees a surface at a grazing angle.
+    Depth is measured along the optical axis, in metres. Normals have unit length and point towards the
+    camera. Depth and normals are 0 where the sensor sees a surface at a grazing angle.
     """
     room = Room(rng)
     rays = (room.camera @ camera_rays(size).reshape(3, -1)).astype(np.float32)
@@ -168,14 +172,14 @@ class Room:
         self.eye, self.camera = eye.astype(np.float32), _look(target - eye, rng.normal(0, 0.03))
         self.lamp = self.half * (rng.uniform(-0.7, 0.7), rng.uniform(0.55, 0.85), rng.uniform(-0.7, 0.7))
         self.lamp_colour = 1 + rng.uniform(-0.08, 0.08) * np.array([[1.0], [0.0], [-1.2]])
-        self.ambient = rng.uniform(0.35, 0.55)
+        self.ambient = rng.uniform(0.45, 0.65)
         self.taken = [(eye[0], eye[2], 0.45)]  # circles on the floor: x, z, radius
 
         self.boxes = [(0.0, 0.0, 0.0, *self.half, 0.0)]
         self.labels = [WALL]
-        self.paints = [Paint(rng, ("plain", "plain", "stripes", "clouds"), saturation=0.25, value=0.75)]
-        self.floor = Paint(rng, ("tiles", "planks", "planks", "clouds", "plain"), saturation=0.45, value=0.6)
-        self.ceiling = Paint(rng, ("plain", "plain", "tiles"), saturation=0.06, value=0.9)
+        self.paints = [Paint(rng, ("plain", "plain", "stripes", "clouds"), 0.25, 0.75)]
+        self.floor = Paint(rng, ("tiles", "planks", "planks", "clouds", "plain"), 0.5, 0.65, wood=0.7)
+        self.ceiling = Paint(rng, ("plain", "plain", "tiles"), 0.06, 0.9)
         self.patches = [_rug(rng, self.half) for _ in range(rng.integers(0, 3))]
         self.patches += [_picture(rng, self.half) for _ in range(rng.integers(2, 6))]
         for _ in range(rng.integers(1, 5)):
@@ -205,7 +209,7 @@ class Room:
             size = (deep, height, width) if axis == 0 else (width, height, deep)
             self.boxes.append((x, height - self.half[1], z, *size, 0.0))
             self.labels.append(CABINET)
-            self.paints.append(Paint(rng, ("tiles", "doors", "doors", "plain"), saturation=0.5, value=0.6))
+            self.paints.append(Paint(rng, ("tiles", "doors", "doors", "plain"), 0.6, 0.7, wood=0.6))
 
     def _add_box(self, rng: Generator) -> None:
         size = rng.uniform(0.12, 0.42, 3)
@@ -217,7 +221,7 @@ class Room:
         for _ in range(rng.integers(1, 3)):  # sometimes a smaller one on top
             self.boxes.append((x, bottom + size[1], z, *size, rng.uniform(0, np.pi)))
             self.labels.append(BOX)
-            self.paints.append(Paint(rng, ("plain", "plain", "stripes", "checks"), saturation=0.8, value=0.8))
+            self.paints.append(Paint(rng, ("plain", "plain", "stripes", "checks"), 0.8, 0.8))
             bottom += 2 * size[1]
             size = size * rng.uniform(0.45, 0.75, 3)
 
@@ -227,7 +231,7 @@ class Room:
         if self._place(x, z, radius):
             self.balls.append((x, radius - self.half[1], z, radius))
             self.labels.append(BALL)
-            self.paints.append(Paint(rng, ("plain", "stripes", "clouds"), saturation=0.9, value=0.85))
+            self.paints.append(Paint(rng, ("plain", "stripes", "clouds"), 0.9, 0.85))
 
     def cast(self, rays: Array) -> tuple[Array, NDArray[np.intp]]:
         """Multiples of the camera's `rays` [3, P] at which they end, and the solid each ends on."""
@@ -241,12 +245,13 @@ class Room:
     def surface(self, points: Array, solid: NDArray[np.intp]) -> tuple[Array, NDArray[np.int64], Array]:
         """Colours [3, P], classes [P] and unit normals [3, P] of points on the given solids."""
         colour, normals = np.empty_like(points), np.zeros_like(points)
-        label = np.array(self.labels)[solid]
+        label = np.array(self.labels, np.int64)[solid]
         for index in np.unique(solid):
             on = np.flatnonzero(solid == index)
             if index >= len(self.boxes):
-                *centre, radius = self.ball_rows[index - len(self.boxes)]
-                normals[:, on] = out = (points[:, on] - np.array(centre)[:, None]) / radius
+                ball = self.ball_rows[index - len(self.boxes)]
+                out, radius = points[:, on] - ball[:3, None], ball[3]
+                normals[:, on] = out = out / np.sqrt((out**2).sum(0))
                 colour[:, on] = self.paints[index](radius * np.arctan2(out[0], out[2]), radius * out[1])
                 continue
             local = _turn(points[:, on] - self.box_rows[index, :3, None], self.box_rows[index, 6])
@@ -274,15 +279,22 @@ class Room:
         spheres = _spheres(self.ball_rows, points, way)
         dark |= ((spheres > 1e-3) & (spheres < 1)).any(0)
         direct = np.maximum((normals * way).sum(0) / distance, 0) * ~dark / (1 + 0.08 * distance**2)
-        return self.ambient * (0.85 + 0.15 * normals[1]) + 0.9 * direct * self.lamp_colour
+        lit: Array = self.ambient * (0.85 + 0.15 * normals[1]) + 1.1 * direct * self.lamp_colour
+        return lit
 
 
 class Paint:
-    """A random pattern of two random colours over surface coordinates (u, v) in metres."""
+    """A random pattern of two random colours over surface coordinates (u, v) in metres.
 
-    def __init__(self, rng: Generator, kinds: tuple[str, ...], saturation: float, value: float) -> None:
+    `wood` is the chance of a brown instead of any hue.
+    """
+
+    def __init__(
+        self, rng: Generator, kinds: tuple[str, ...], saturation: float, value: float, wood: float = 0.0
+    ) -> None:
         self.kind = rng.choice(kinds)
-        hue, shade = rng.uniform(0, 2 * np.pi), value * rng.uniform(0.6, 1.2)
+        hue = rng.normal(2.5, 0.25) if rng.random() < wood else rng.uniform(0, 2 * np.pi)
+        shade = value * rng.uniform(0.6, 1.2)
         wheel = 0.5 + 0.5 * np.cos(hue + np.array([0.0, 2.1, 4.2]))
         colour = shade * (1 - saturation * rng.uniform(0.3, 1) * wheel)
         other = colour * rng.uniform(0.45, 0.8) if rng.random() < 0.6 else colour[rng.permutation(3)]
@@ -292,6 +304,7 @@ class Paint:
     def __call__(self, u: Array, v: Array) -> Array:
         """Colours [3, n]."""
         u, v = u / self.period, v / self.period
+        mix: NDArray[Any]
         if self.kind == "stripes":
             mix = u % 1 < 0.5
         elif self.kind == "checks":
@@ -306,7 +319,8 @@ class Paint:
             mix = 0.5 + 0.25 * (np.sin(5 * u + 2 * v) + np.sin(3 * v - 2 * u + 1))
         else:
             mix = np.zeros_like(u)
-        return self.colours[:, :1] + (self.colours[:, 1:] - self.colours[:, :1]) * mix
+        colours: Array = self.colours[:, :1] + (self.colours[:, 1:] - self.colours[:, :1]) * mix
+        return colours
 
 
 @dataclass
@@ -336,8 +350,8 @@ class Patch:
 def _rug(rng: Generator, half: NDArray[np.float64]) -> Patch:
     x, z = rng.uniform(-0.6, 0.6, 2) * half[[0, 2]]
     width, length = rng.uniform(0.5, 1.3, 2)
-    frame = Paint(rng, ("plain",), saturation=0.8, value=0.6)
-    paint = Paint(rng, ("plain", "stripes", "checks", "clouds"), saturation=0.7, value=0.7)
+    frame = Paint(rng, ("plain",), 0.8, 0.6)
+    paint = Paint(rng, ("plain", "stripes", "checks", "clouds"), 0.7, 0.7)
     return Patch(RUG, 1, -1, (x, z), (width, length), rng.uniform(0, np.pi), rng.random() < 0.35, frame, paint)
 
 
@@ -345,8 +359,8 @@ def _picture(rng: Generator, half: NDArray[np.float64]) -> Patch:
     axis, side = int(rng.choice((0, 2))), int(rng.choice((-1, 1)))
     width, height = rng.uniform(0.2, 0.65), rng.uniform(0.2, 0.5)
     along, up = rng.uniform(-0.75, 0.75) * half[2 - axis], rng.uniform(1.3, 1.8) - half[1]
-    frame = Paint(rng, ("plain",), saturation=0.5, value=0.5)
-    paint = Paint(rng, ("clouds", "stripes", "checks", "plain", "tiles"), saturation=0.6, value=0.9)
+    frame = Paint(rng, ("plain",), 0.7, 0.5, wood=0.6)
+    paint = Paint(rng, ("clouds", "stripes", "checks", "plain", "tiles"), 0.6, 0.9)
     return Patch(PICTURE, axis, side, (along, up), (width, height), 0.0, rng.random() < 0.15, frame, paint)
 
 
@@ -378,7 +392,9 @@ def _slabs(boxes: Array, origin: Array, rays: Array) -> tuple[Array, Array]:
     inverse = 1 / np.where(np.abs(inverse) < 1e-8, np.float32(1e-8), inverse)
     middle = -_turn(origin[:, None] - centre, yaw) * inverse
     reach = half * np.abs(inverse)
-    return (middle - reach).max(0), (middle + reach).min(0)
+    enter: Array = (middle - reach).max(0)
+    leave: Array = (middle + reach).min(0)
+    return enter, leave
 
 
 def _spheres(balls: Array, origin: Array, rays: Array) -> Array:
@@ -386,5 +402,6 @@ def _spheres(balls: Array, origin: Array, rays: Array) -> Array:
     offset = origin[:, None] - balls[:, :3].T[:, :, None]
     a, b = (rays**2).sum(0), (offset * rays[:, None]).sum(0)
     root = b**2 - a * ((offset**2).sum(0) - balls[:, 3, None] ** 2)
-    enter = (-b - np.sqrt(np.maximum(root, 0))) / a
-    return np.where((root > 0) & (enter > 0), enter, np.float32(np.inf))
+    enter: Array = (-b - np.sqrt(np.maximum(root, 0))) / a
+    enter[(root <= 0) | (enter <= 0)] = np.inf
+    return enter

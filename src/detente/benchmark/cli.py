@@ -1,0 +1,256 @@
+"""The command line: compare, report, methods, problems."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import rich.box
+    import typer
+    import yaml
+    from filelock import FileLock, Timeout
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.table import Table
+
+    from detente.benchmark import tables
+    from detente.benchmark.report import write_report
+    from detente.benchmark.results import load_comparison, verdict
+except ImportError as error:
+    raise SystemExit(
+        f"the detente command needs {error.name}, which is not installed. Run: pip install 'detente[compare]'"
+    ) from error
+
+from detente.benchmark.problem import Problem, list_problems, load_problem
+from detente.benchmark.runner import Event, jobs_of, prepare, run_jobs
+from detente.benchmark.specs import Spec, parse_methods
+from detente.method import list_methods, method_class
+
+app = typer.Typer(
+    help="Compare methods for conflicting task gradients, honestly, on your problem or a built-in one.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+DEFAULT_METHODS = "cagrad,wpcgrad,cdtt,connection_strength,mgda,pcgrad"
+
+
+class _Monitor:
+    """Live view: one bar for the whole comparison, one line per running job."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self.bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("runs"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=console,
+            speed_estimate_period=600,
+        )
+        self.total = self.bar.add_task(title, total=total)
+        self.running: dict[str, Event] = {}
+        self.finished = 0
+        self.last_print = 0.0
+
+    def __rich__(self) -> Group:
+        table = Table(box=None, show_header=False, padding=(0, 1))
+        for name, event in self.running.items():
+            table.add_row(name, f"{100 * event.fraction:3.0f}%", event.text)
+        return Group(self.bar, table)
+
+    def __call__(self, event: Event) -> None:
+        name = f"{event.job} seed {event.seed}"
+        if event.fraction >= 1 and (event.text in ("", "failed", "finished before") or event.error):
+            self.running.pop(name, None)
+            self.finished += 1
+            if not console.is_terminal:
+                state = "failed" if event.error else event.text or "done"
+                console.print(f"[{self.finished}/{self.bar.tasks[0].total:.0f}] {name}: {state}", highlight=False)
+        else:
+            self.running[name] = event
+        self.bar.update(self.total, completed=self.finished + sum(e.fraction for e in self.running.values()))
+
+
+def _settings(problem: Problem, given: dict[str, Any]) -> dict[str, Any]:
+    settings = dict(problem.settings)
+    for key, value in given.items():
+        if value is not None:
+            if key not in settings:
+                raise ValueError(f"problem {problem.name!r} has no setting {key!r}; it has {', '.join(settings)}.")
+            if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+                raise ValueError(f"{key} must be a positive number; got {value!r}.")
+            settings[key] = value
+    settings.pop("seeds", None)
+    return settings
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """A comparison written down: problem, methods, seeds, jobs, out, and settings."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        place = f" in line {where.line + 1}" if where else ""
+        raise ValueError(f"{path} is not valid YAML{place}: {getattr(error, 'problem', error)}.") from error
+    known = {"problem", "methods", "seeds", "jobs", "out", "settings"}
+    if not isinstance(content, dict) or not set(content) <= known:
+        got = sorted(set(content) - known) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{path} must be a mapping with the keys {', '.join(sorted(known))}; got {got}.")
+    if not isinstance(content.get("settings", {}), dict):
+        raise ValueError(f"{path}: settings must be a mapping such as {{epochs: 10}}.")
+    return content
+
+
+@app.command()
+def compare(
+    problem: Annotated[str | None, typer.Argument(help="A built-in problem, or the path of your problem file.")] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(help=f"Comma-separated, with options as in 'cagrad(c=0.8)'; or all. Default: {DEFAULT_METHODS}."),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Repetitions of every run. Default: 3.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Length of the training.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Length, for problems that count steps (toy).")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory of the comparison. Default: runs/PROBLEM.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = 2,
+    config: Annotated[Path | None, typer.Option(help="YAML file with problem, methods, seeds, settings.")] = None,
+) -> None:
+    """Train single-task baselines and every method, and say whether resolving conflicts helps.
+
+    Equal weights (gd) and the single-task baselines always take part. Interrupted? The same command continues.
+    """
+    written = _read_yaml(config) if config else {}
+    source = problem or written.get("problem")
+    if source is None:
+        raise ValueError("which problem? Give a name or the path of a problem file; `detente problems` lists them.")
+    loaded = load_problem(str(source))
+    given: dict[str, Any] = {"epochs": epochs, "steps": steps, "batch_size": batch_size, "lr": lr}
+    settings = _settings(
+        loaded, {**written.get("settings", {}), **{k: v for k, v in given.items() if v is not None}}
+    )
+    listed = written.get("methods")
+    wanted = methods or (",".join(map(str, listed)) if isinstance(listed, list) else listed)
+    specs = parse_methods(str(wanted or getattr(loaded.module, "methods", DEFAULT_METHODS)))
+    count = seeds or written.get("seeds") or loaded.settings.get("seeds", 3)
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"seeds must be a positive whole number; got {count!r}.")
+    root = out or Path(written.get("out", f"runs/{loaded.name}"))
+    command = "detente " + shlex.join(sys.argv[1:])
+    started = time.monotonic()
+    failures = _compare(loaded, specs, range(count), settings, root, jobs, command)
+    _show(root)
+    console.print(f"Took {time.monotonic() - started:.0f} s.")
+    if failures:
+        for name, message in failures.items():
+            console.print(f"[red]failed[/red] {name}: {message}", highlight=False, soft_wrap=True)
+        console.print("The same command runs the failed ones again; the others are kept.")
+        raise typer.Exit(1)
+
+
+def _compare(
+    problem: Problem, specs: list[Spec], seeds: range, settings: dict[str, Any], root: Path, jobs: int, command: str
+) -> dict[str, str]:
+    prepare(root, problem, specs, seeds, settings, command)
+    lock = FileLock(root / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"another detente process is working in {root}. Wait for it, or choose another --out."
+        ) from None
+    with lock:
+        if problem.whole is not None:
+            monitor = _Monitor(problem.name, 1)
+            with Live(monitor, console=console, refresh_per_second=4, transient=True):
+                problem.whole(specs, settings, root, monitor)
+            return {}
+        todo = jobs_of(problem, specs, seeds, settings)
+        monitor = _Monitor(problem.name, len(todo))
+        with Live(monitor, console=console, refresh_per_second=4, transient=True):
+            return run_jobs(todo, root, jobs, monitor)
+
+
+def _show(root: Path) -> None:
+    """Print the tables and write every form of them, and the report."""
+    comparison = load_comparison(root)
+    module = load_problem(comparison.config["source"]).module
+    results = [json.loads(job.path.read_text()) for job in comparison.jobs]
+    if hasattr(module, "report"):
+        module.report(results, root)
+    grids = {"results": tables.result_grid(comparison), "cost": tables.cost_grid(comparison)}
+    for name, grid in grids.items():
+        (root / f"{name}.md").write_text(tables.markdown(grid))
+        (root / f"{name}.tex").write_text(tables.latex(grid))
+    (root / "results.csv").write_text(tables.results_csv(comparison))
+    (root / "cost.csv").write_text(tables.cost_csv(comparison))
+    report = write_report(comparison, root)
+    for table in [*tables.result_tables(comparison), tables.cost_table(comparison)]:
+        console.print(table)
+    for table in module.summary(results) if hasattr(module, "summary") else []:
+        console.print(table)
+    console.print(verdict(comparison), soft_wrap=True, highlight=False)
+    for note in comparison.notes:
+        console.print(f"Note: {note}", soft_wrap=True, highlight=False)
+    console.print(f"Tables: {root}/results.csv, .md, .tex; {root}/cost.csv, .md, .tex", highlight=False, soft_wrap=True)
+    console.print(f"Report: {report.resolve()}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(help="Directory of a comparison.")]) -> None:
+    """Build the tables and the HTML report again from the finished runs of a comparison."""
+    _show(directory)
+
+
+@app.command()
+def methods() -> None:
+    """List the methods."""
+    table = Table(box=rich.box.SIMPLE_HEAD)
+    for heading in ("method", "what it does", "needs", "backward passes"):
+        table.add_column(heading)
+    for name in list_methods():
+        cls = method_class(name)
+        line = (cls.__doc__ or "").strip().partition("\n")[0]
+        table.add_row(name, line, ", ".join(sorted(cls.needs)) or "-", cls.backwards)
+    console.print(table)
+
+
+@app.command()
+def problems() -> None:
+    """List the built-in problems. A problem of your own is a Python file of the same form (see the README)."""
+    table = Table(box=rich.box.SIMPLE_HEAD)
+    table.add_column("problem")
+    table.add_column("what it is")
+    for name, line in list_problems().items():
+        table.add_row(name, line)
+    console.print(table)
+
+
+def main() -> None:
+    """Entry point: known errors are one line, not a traceback."""
+    try:
+        app(standalone_mode=True)
+    except (ValueError, OSError, ImportError) as error:
+        Console(stderr=True).print(f"[red]Error:[/red] {error}", highlight=False, soft_wrap=True, markup=True)
+        raise SystemExit(2) from None

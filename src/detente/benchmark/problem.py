@@ -1,0 +1,181 @@
+"""What a problem is, and how one is found: built in by name, or a user's Python file by path.
+
+A problem is a module with these names::
+
+    \"\"\"One line that `detente problems` shows.\"\"\"
+
+    tasks = {"left": {"accuracy": "max"}, "depth": {"error": "min"}}   # task -> metric -> better direction
+    settings = {"epochs": 20, "batch_size": 64, "lr": 1e-3}             # defaults; the command line overrides them
+
+    def make_data():                       # {"train": Dataset, "val": Dataset, "test": Dataset}, always the same split
+    def make_model(tasks):                 # an nn.Module for these tasks; one task is the single-task baseline
+    def losses(model, batch, tasks):       # {task: scalar loss} for the named tasks, from one forward pass
+    def metrics(model, data, tasks):       # {task: {metric: number}}; called in eval mode without gradients
+
+and optionally::
+
+    def make_optimizer(model, settings):   # default: torch.optim.Adam(model.parameters(), lr=settings["lr"])
+    target = {"left": {"accuracy": 0.9}}   # training ends once every figure has been reached on the validation split;
+                                           # a task may declare a metric "epochs": how many that took
+    def summary(results):                  # rich tables to print below the others; results: the runs' result.json
+    def report(results, directory):        # draw figures into directory/figures, which the report shows
+
+Trunks with BatchNorm or LayerNorm can be trained by connection strength, which gives every task its own norms.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import detente.benchmark.problems as builtin
+
+__all__ = ["Problem", "list_problems", "load_problem"]
+
+REQUIRED = ("tasks", "settings", "make_data", "make_model", "losses", "metrics")
+DEFAULTS: dict[str, Any] = {"epochs": 20, "batch_size": 64, "lr": 1e-3, "probe_every": 10}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem, loaded and checked.
+
+    Attributes:
+        name: built-in name, or the stem of the user's file.
+        source: what :func:`load_problem` was given; loads the same problem in another process.
+        description: first line of the module's docstring.
+        digest: hash of the module's file.
+        tasks: ``{task: {metric: "max" or "min"}}``, in order.
+        settings: defaults for every setting.
+        module: the module itself.
+    """
+
+    name: str
+    source: str
+    description: str
+    digest: str
+    tasks: dict[str, dict[str, str]]
+    settings: dict[str, Any]
+    module: ModuleType
+
+    @property
+    def target(self) -> Mapping[str, Mapping[str, float]] | None:
+        """Validation figures that end the training, or None."""
+        return getattr(self.module, "target", None)
+
+    @property
+    def whole(self) -> Callable[..., Any] | None:
+        """``compare(specs, settings, directory, progress)`` of problems that train all methods at once."""
+        return getattr(self.module, "compare", None)
+
+    def make_data(self) -> dict[str, Dataset[Any]]:
+        data = self.module.make_data()
+        missing = [k for k in ("train", "val", "test") if k not in data]
+        if missing:
+            raise ValueError(
+                f"problem {self.name!r}: make_data() must return the splits train, val and test; {missing[0]!r} is "
+                "missing. Select on a validation split, and report on one that was never looked at."
+            )
+        return dict(data)
+
+    def make_model(self, tasks: tuple[str, ...]) -> nn.Module:
+        model = self.module.make_model(tasks)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"problem {self.name!r}: make_model must return an nn.Module; got {type(model).__name__}.")
+        return model
+
+    def make_optimizer(self, model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimizer:
+        make = getattr(self.module, "make_optimizer", None)
+        if make is None:
+            return torch.optim.Adam(model.parameters(), lr=settings["lr"])
+        optimizer: torch.optim.Optimizer = make(model, settings)
+        return optimizer
+
+    def losses(self, model: nn.Module, batch: Any, tasks: tuple[str, ...]) -> dict[str, Tensor]:
+        return dict(self.module.losses(model, batch, tasks))
+
+    def metrics(self, model: nn.Module, data: Dataset[Any], tasks: tuple[str, ...]) -> dict[str, dict[str, float]]:
+        """Figures of the tasks; every declared metric, checked."""
+        figures = self.module.metrics(model, data, tasks)
+        result: dict[str, dict[str, float]] = {}
+        for task in tasks:
+            declared = [m for m in self.tasks[task] if not (m == "epochs" and self.target)]
+            missing = [m for m in declared if m not in figures.get(task, {})]
+            if missing:
+                raise ValueError(
+                    f"problem {self.name!r}: metrics() did not return {missing[0]!r} for task {task!r}, which `tasks` "
+                    f"declares; it returned {dict(figures).get(task)}."
+                )
+            result[task] = {m: float(figures[task][m]) for m in declared}
+        return result
+
+
+def list_problems() -> dict[str, str]:
+    """Built-in problems with their one-line descriptions."""
+    return {m.name: _description(m.name) for m in pkgutil.iter_modules(builtin.__path__)}
+
+
+def _description(name: str) -> str:
+    return _first_line(importlib.import_module(f"{builtin.__name__}.{name}"))
+
+
+def _first_line(module: ModuleType) -> str:
+    return (module.__doc__ or "").strip().partition("\n")[0]
+
+
+def load_problem(source: str) -> Problem:
+    """Load a built-in problem by name or a user's by the path of its file.
+
+    Raises:
+        ValueError: no such problem, or the module lacks one of the required names.
+        FileNotFoundError: the path does not exist.
+    """
+    if source.endswith(".py") or "/" in source:
+        path = Path(source).resolve()
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no problem file {source!r}. Give the path of a Python file.")
+        name = path.stem
+        spec = importlib.util.spec_from_file_location(f"detente_problem_{name}", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        source = str(path)
+    else:
+        known = list_problems()
+        if source not in known:
+            raise ValueError(
+                f"unknown problem {source!r}. Built in: {', '.join(known)}. Or give the path of a Python file, as in "
+                f"./{source}.py."
+            )
+        name = source
+        module = importlib.import_module(f"{builtin.__name__}.{name}")
+    missing = [n for n in REQUIRED if not hasattr(module, n)]
+    if missing and not hasattr(module, "compare"):
+        raise ValueError(
+            f"problem file {source!r} does not define {', '.join(missing)}. A problem needs {', '.join(REQUIRED)}; "
+            "see `detente problems --help`."
+        )
+    tasks = {task: dict(metrics) for task, metrics in module.tasks.items()}
+    for task, metrics in tasks.items():
+        for metric, direction in metrics.items():
+            if direction not in ("max", "min"):
+                raise ValueError(
+                    f"problem {name!r}: tasks[{task!r}][{metric!r}] must be 'max' or 'min'; got {direction!r}."
+                )
+    digest = hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()[:16]
+    settings = {**DEFAULTS, **module.settings}
+    return Problem(name, source, _first_line(module), digest, tasks, settings, module)

@@ -1,0 +1,492 @@
+"""From the finished jobs of a comparison to its statistics.
+
+A comparison is a directory written by ``detente compare``: ``comparison.json`` says what was asked for and
+``runs/<label>/seed-<k>/result.json`` holds one finished job each. Everything in `Row` follows from the metrics alone
+and is bit-for-bit reproducible; everything that was timed stands apart in `Cost`.
+
+Conventions: delta-m is in percent and LOWER is better; its baseline is the mean over seeds of the single-task runs of
+this very comparison. Intervals are 95% Student-t intervals over seeds. They hold the baseline fixed, so they speak of
+the seeds of the method, not of those of the baseline.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from detente.benchmark.metrics import delta_m, mean_rank
+
+SINGLE = "single"
+"""Label of the single-task baselines."""
+EQUAL = "gd"
+"""Label of equal weights, the method every other one is laid beside."""
+
+Directions = Mapping[str, Mapping[str, str]]
+"""Task -> metric -> "max" or "min"; the order of the tasks is the order everywhere."""
+
+
+class ResultError(ValueError):
+    """A directory or file that cannot be read as results; the message names the file and the fix."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds. `by_seed`: one value per seed; not finite where a run diverged."""
+
+    by_seed: Mapping[int, float]
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        return tuple(self.by_seed.values())
+
+    @property
+    def mean(self) -> float:
+        return math.fsum(self.values) / len(self.values) if self.finite else math.nan
+
+    @property
+    def finite(self) -> bool:
+        return all(map(math.isfinite, self.values))
+
+    @property
+    def half_width(self) -> float | None:
+        """Half of the 95% Student-t interval; None for one seed or a diverged run."""
+        if len(self.values) < 2 or not self.finite:
+            return None
+        return float(stats.t.ppf(0.975, len(self.values) - 1)) * self.standard_error
+
+    @property
+    def standard_error(self) -> float:
+        n, mean = len(self.values), self.mean
+        return math.sqrt(math.fsum((value - mean) ** 2 for value in self.values) / (n - 1) / n)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One finished run, as in its ``result.json``. A single-task baseline has a `task` and reports that task only."""
+
+    path: Path
+    method: str
+    label: str
+    seed: int
+    task: str | None
+    metrics: Mapping[tuple[str, str], float]
+    selected_epoch: int
+    steps: int
+    history: Sequence[Mapping[str, Any]]
+    conflict_rate: float | None
+    step_ms: float
+    peak_mb: float
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """The results of one label; delta-m is None without a full baseline.
+
+    `metrics` has every (task, metric), in the single-task row only those of the tasks that have a baseline.
+
+    `delta_m` averages over all metrics alike, `delta_m_by_task` within each task first. `mean_rank` is taken on the
+    seed means among the multi-task methods, so the single-task row has none; nor has it a conflict rate.
+    """
+
+    label: str
+    method: str
+    seeds: tuple[int, ...]
+    metrics: Mapping[tuple[str, str], Estimate]
+    delta_m: Estimate | None
+    delta_m_by_task: Estimate | None
+    mean_rank: float | None
+    conflict_rate: Estimate | None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one label cost, means over seeds. `ratio` is the step time relative to equal weights, None without them.
+
+    The single-task row stands for all its networks together: times and parameters are summed, the peak memory is that
+    of the largest, because they train one after another.
+    """
+
+    label: str
+    step_ms: float
+    ratio: float | None
+    peak_mb: float
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One method against equal weights, seed by seed, in points of flat delta-m; positive: the method is better.
+
+    `p`: two-sided paired t-test. `p_holm`: the same, corrected by Holm for the number of methods in the comparison.
+    """
+
+    label: str
+    points: Estimate
+    p: float
+    p_holm: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A whole comparison; rows are the single-task baseline, then the methods from the best delta-m to the worst."""
+
+    directory: Path
+    problem: str
+    command: str
+    config: Mapping[str, Any]
+    tasks: Directions
+    jobs: tuple[Job, ...]
+    rows: tuple[Row, ...]
+    costs: tuple[Cost, ...]
+    notes: tuple[str, ...]
+    """What a reader has to know before the figures: unfinished runs, diverged runs, metrics left out of delta-m."""
+
+    @property
+    def columns(self) -> tuple[tuple[str, str], ...]:
+        """Every (task, metric), in order."""
+        return _columns(self.tasks)
+
+    @cached_property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(sorted({job.seed for job in self.jobs}))
+
+    def row(self, label: str) -> Row | None:
+        return next((row for row in self.rows if row.label == label), None)
+
+
+def load_comparison(directory: str | Path) -> Comparison:
+    """Read every finished job under `directory` and compute the statistics.
+
+    Raises ResultError where `directory` is no comparison, has no finished run, or a file is corrupt or incomplete.
+    """
+    directory = Path(directory)
+    config = read_config(directory / "comparison.json")
+    tasks: Directions = config["tasks"]
+    fix = f"Delete it and run the same command again:\n  {config['command']}"
+    jobs = [_read_job(path, tasks, fix) for path in sorted(directory.glob("runs/*/seed-*/result.json"))]
+    if not jobs:
+        raise ResultError(f"{directory} has no finished run yet. Run the same command again:\n  {config['command']}")
+    seen: dict[tuple[str, str | None, int], Job] = {}
+    for job in jobs:
+        twin = seen.setdefault((job.label, job.task, job.seed), job)
+        if twin is not job:
+            raise ResultError(
+                f"{twin.path} and {job.path} are the same run ({job.label}, seed {job.seed}). Delete one."
+            )
+    return compare(jobs, config, directory)
+
+
+def compare(jobs: Iterable[Job], config: Mapping[str, Any], directory: Path) -> Comparison:
+    """The statistics of finished jobs. `config`: the content of ``comparison.json``, tasks included."""
+    tasks: Directions = config["tasks"]
+    listed = [label for label in config["methods"] if label != SINGLE]
+    jobs = tuple(sorted(jobs, key=lambda job: (job.label, job.task or "", job.seed)))
+    single = [job for job in jobs if job.label == SINGLE]
+    by_label: dict[str, list[Job]] = {}
+    for job in jobs:
+        if job.label != SINGLE:
+            by_label.setdefault(job.label, []).append(job)
+
+    notes = _unfinished(jobs, listed, config["seeds"], tasks if SINGLE in config["methods"] or single else ())
+    single_metrics = {
+        column: Estimate({job.seed: job.metrics[column] for job in single if job.task == column[0]})
+        for column in _columns(tasks)
+        if any(job.task == column[0] for job in single)
+    }
+    baseline = {column: estimate.mean for column, estimate in single_metrics.items()}
+    unusable = [column for column, value in baseline.items() if value == 0 or not math.isfinite(value)]
+    if set(baseline) != set(_columns(tasks)):
+        baseline = {}
+        notes.append("There is no single-task baseline for every task, so delta-m is absent.")
+    elif unusable:
+        names = ", ".join(" ".join(column) for column in unusable)
+        notes.append(f"The single-task baseline is 0 or not finite, so delta-m leaves out: {names}.")
+        baseline = {column: value for column, value in baseline.items() if column not in unusable}
+
+    ranks = _ranks(by_label, tasks)
+    rows = []
+    for label, group in by_label.items():
+        conflicts = {job.seed: job.conflict_rate for job in group if job.conflict_rate is not None}
+        flat, by_task = _deltas({job.seed: job.metrics for job in group}, baseline, tasks)
+        rows.append(
+            Row(
+                label=label,
+                method=group[0].method,
+                seeds=tuple(job.seed for job in group),
+                metrics={c: _estimate(group, c) for c in _columns(tasks)},
+                delta_m=flat,
+                delta_m_by_task=by_task,
+                mean_rank=ranks[label],
+                conflict_rate=Estimate(conflicts) if conflicts else None,
+            )
+        )
+        if not all(estimate.finite for estimate in rows[-1].metrics.values()):
+            notes.append(f"{label} has a metric that is not finite: at least one of its runs diverged.")
+
+    def position(row: Row) -> tuple[float, int, str]:
+        value = row.delta_m.mean if row.delta_m else 0.0
+        order = listed.index(row.label) if row.label in listed else len(listed)
+        return (math.inf if math.isnan(value) else value, order, row.label)
+
+    rows.sort(key=position)
+    rows[:0] = _single_row(single, single_metrics, baseline, tasks)
+    notes += _disagreement(rows)
+    return Comparison(
+        directory=directory,
+        problem=config["problem"],
+        command=config["command"],
+        config=config,
+        tasks=tasks,
+        jobs=jobs,
+        rows=tuple(rows),
+        costs=tuple(_costs(rows, single, by_label)),
+        notes=tuple(notes),
+    )
+
+
+def differences(comparison: Comparison) -> tuple[Difference, ...]:
+    """Every method against equal weights over the seeds they share, best first.
+
+    Empty without equal weights or delta-m; a method with fewer than two shared seeds, or a diverged one, is left out.
+    """
+    equal = comparison.row(EQUAL)
+    if equal is None or equal.delta_m is None:
+        return ()
+    reference = equal.delta_m.by_seed
+    found = []
+    for row in comparison.rows:
+        if row.label in (EQUAL, SINGLE) or row.delta_m is None:
+            continue
+        own = row.delta_m.by_seed
+        points = Estimate({seed: reference[seed] - own[seed] for seed in own if seed in reference})
+        if len(points.values) >= 2 and points.finite:
+            found.append((row.label, points, _p_value(points)))
+    found.sort(key=lambda item: item[2])
+    corrected, least = [], 0.0
+    for index, (label, points, p) in enumerate(found):
+        least = max(least, min(1.0, p * (len(found) - index)))
+        corrected.append(Difference(label, points, p, least))
+    return tuple(sorted(corrected, key=lambda item: (-item.points.mean, item.label)))
+
+
+def verdict(comparison: Comparison) -> str:
+    """One or two plain sentences: is any method better or worse than equal weights, and how sure is that?
+
+    A method counts where its Holm-corrected p is below 0.05. The interval beside it is the plain 95% one of the paired
+    difference, not corrected for the number of methods.
+    """
+    n = len(comparison.seeds)
+    equal = comparison.row(EQUAL)
+    if equal is None:
+        return f"There is no run with equal weights ({EQUAL}), so there is nothing to lay the methods beside."
+    if equal.delta_m is None:
+        return "There is no single-task baseline, so delta-m is absent and no method can be judged by it."
+    if all(row.label in (EQUAL, SINGLE) for row in comparison.rows):
+        return "Equal weights is the only method here, so there is nothing to lay beside it."
+    if n < 2:
+        return "One seed cannot tell a method from equal weights: run the comparison again with three seeds or more."
+    found = differences(comparison)
+    if not found:
+        return "No method shares two or more usable seeds with equal weights, so none can be judged."
+    sure = [item for item in found if item.p_holm < 0.05]
+    methods = f"{len(found)} method{'s' * (len(found) != 1)}"
+    test = f"Paired t-tests, Holm-corrected for {methods}; the intervals are not corrected."
+    if not sure:
+        claim = _claim(found[:1])
+        return f"No method is distinguishable from equal weights at {n} seeds. By its mean, {claim}. {test}"
+    better = [item for item in sure if item.points.mean > 0]
+    worse = [item for item in reversed(sure) if item.points.mean < 0]
+    text = ". ".join(_claim(group) for group in (better, worse) if group)
+    unsure = [item.label for item in found if item not in sure]
+    rest = f" {_listed(unsure)} cannot be told from equal weights." if unsure else ""
+    return f"On {comparison.problem} over {n} seeds, {text}.{rest} {test}"
+
+
+def _claim(items: Sequence[Difference]) -> str:
+    """ "a is better than equal weights by 3.9 points of delta-m (95% interval ... 3.6 to 4.2) and b by 2.4 (...)"."""
+    sign = 1 if items[0].points.mean >= 0 else -1
+    parts = []
+    for index, item in enumerate(items):
+        mean, half = sign * item.points.mean, item.points.half_width or 0.0
+        comparative = f" is {'better' if sign > 0 else 'worse'} than equal weights" if index == 0 else ""
+        unit = " points of delta-m" if index == 0 else ""
+        head = "95% interval of the paired difference " if index == 0 else ""
+        interval = f"({head}{_number(mean - half)} to {_number(mean + half)})"
+        parts.append(f"{item.label}{comparative} by {_number(mean)}{unit} {interval}")
+    return _listed(parts)
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def _number(value: float) -> str:
+    """At least one decimal and two significant digits, so that a small interval does not read '0.0 to 0.0'."""
+    digits = 1 if value == 0 else min(4, max(1, 1 - math.floor(math.log10(abs(value)))))
+    return f"{value:.{digits}f}"
+
+
+def _p_value(points: Estimate) -> float:
+    """Two-sided t-test that the mean is 0. Seeds that all agree to the last bit are certain: p is 0, or 1 at zero."""
+    if points.standard_error == 0:
+        return 1.0 if points.mean == 0 else 0.0
+    return float(2 * stats.t.sf(abs(points.mean) / points.standard_error, len(points.values) - 1))
+
+
+def _columns(tasks: Directions) -> tuple[tuple[str, str], ...]:
+    return tuple((task, metric) for task, metrics in tasks.items() for metric in metrics)
+
+
+def _estimate(jobs: Iterable[Job], column: tuple[str, str]) -> Estimate:
+    return Estimate({job.seed: job.metrics[column] for job in jobs})
+
+
+def _higher(tasks: Directions, columns: Iterable[tuple[str, str]]) -> list[bool]:
+    return [tasks[task][metric] == "max" for task, metric in columns]
+
+
+def _deltas(
+    metrics: Mapping[int, Mapping[tuple[str, str], float]],
+    baseline: Mapping[tuple[str, str], float],
+    tasks: Directions,
+) -> tuple[Estimate | None, Estimate | None]:
+    """delta-m of every seed, flat and averaged per task."""
+    if not baseline:
+        return None, None
+    columns = list(baseline)
+    base, higher = list(baseline.values()), _higher(tasks, columns)
+    groups = [task for task, _ in columns]
+    values = {seed: [found[c] for c in columns] for seed, found in metrics.items()}
+    return (
+        Estimate({seed: delta_m(row, base, higher) for seed, row in values.items()}),
+        Estimate({seed: delta_m(row, base, higher, groups=groups) for seed, row in values.items()}),
+    )
+
+
+def _ranks(by_label: Mapping[str, Sequence[Job]], tasks: Directions) -> dict[str, float]:
+    if not by_label:
+        return {}
+    columns = _columns(tasks)
+    means = [[_estimate(group, c).mean for c in columns] for group in by_label.values()]
+    return dict(zip(by_label, mean_rank(means, _higher(tasks, columns)), strict=True))
+
+
+def _single_row(
+    single: Sequence[Job],
+    metrics: Mapping[tuple[str, str], Estimate],
+    baseline: Mapping[tuple[str, str], float],
+    tasks: Directions,
+) -> list[Row]:
+    """The baseline as a row: delta-m of its own seeds against their mean shows how noisy the baseline itself is."""
+    if not single:
+        return []
+    runs = {(job.task, job.seed): job for job in single}
+    everywhere = [seed for seed in sorted({job.seed for job in single}) if all((task, seed) in runs for task in tasks)]
+    joined = {seed: {c: runs[c[0], seed].metrics[c] for c in _columns(tasks)} for seed in everywhere}
+    flat, by_task = _deltas(joined, baseline, tasks) if joined else (None, None)
+    return [Row(SINGLE, SINGLE, tuple(everywhere), dict(metrics), flat, by_task, mean_rank=None, conflict_rate=None)]
+
+
+def _costs(rows: Sequence[Row], single: Sequence[Job], by_label: Mapping[str, Sequence[Job]]) -> list[Cost]:
+    def mean(values: Sequence[float]) -> float:
+        return math.fsum(values) / len(values)
+
+    def cost(label: str, networks: Sequence[Sequence[Job]]) -> Cost:
+        step = math.fsum(mean([job.step_ms for job in jobs]) for jobs in networks)
+        return Cost(
+            label,
+            step,
+            step / equal if equal else None,
+            max(mean([job.peak_mb for job in jobs]) for jobs in networks),
+            sum(jobs[0].parameters for jobs in networks),
+        )
+
+    equal = mean([job.step_ms for job in by_label[EQUAL]]) if EQUAL in by_label else None
+    by_task: dict[str | None, list[Job]] = {}
+    for job in single:
+        by_task.setdefault(job.task, []).append(job)
+    return [cost(row.label, list(by_task.values()) if row.label == SINGLE else [by_label[row.label]]) for row in rows]
+
+
+def _unfinished(
+    jobs: Sequence[Job], listed: Sequence[str], seeds: Sequence[int], single_tasks: Iterable[str]
+) -> list[str]:
+    done = {(job.label, job.task, job.seed) for job in jobs}
+    asked: list[tuple[str, str | None, int]] = [(SINGLE, task, seed) for task in single_tasks for seed in seeds]
+    asked += [(label, None, seed) for label in listed for seed in seeds]
+    left = [" ".join([run[0], run[1] or "", f"seed {run[2]}"]).replace("  ", " ") for run in asked if run not in done]
+    if not left:
+        return []
+    names = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
+    return [f"{len(left)} of {len(asked)} runs are not finished ({names}). Ask for them again and it goes on."]
+
+
+def _disagreement(rows: Sequence[Row]) -> list[str]:
+    pairs = [(row, row.delta_m, row.delta_m_by_task) for row in rows if row.label != SINGLE]
+    usable = [(row.label, flat.mean, task.mean) for row, flat, task in pairs if flat and task and flat.finite]
+    if not usable:
+        return []
+    flat_best, task_best = (min(usable, key=lambda item: item[index])[0] for index in (1, 2))
+    if flat_best == task_best:
+        return []
+    return [f"The two averages name different winners: {flat_best} over all metrics alike, {task_best} per task first."]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """``comparison.json``, with every key the statistics need."""
+    if not path.is_file():
+        raise ResultError(f"{path} does not exist. Is {path.parent} a directory that `detente compare` wrote?")
+    config = _read_json(path, "It is written at the start of `detente compare`: delete it and run that command again.")
+    missing = [key for key in ("problem", "tasks", "methods", "seeds", "command") if key not in config]
+    if missing:
+        raise ResultError(f"{path} lacks {', '.join(missing)}. Delete it and run `detente compare` again.")
+    return config
+
+
+def _read_job(path: Path, tasks: Directions, fix: str) -> Job:
+    content = _read_json(path, fix)
+    try:
+        task = content["task"]
+        cost = content["cost"]
+        return Job(
+            path=path,
+            method=str(content["method"]),
+            label=str(content["label"]),
+            seed=int(content["seed"]),
+            task=task,
+            metrics={c: _value(content["metrics"][c[0]][c[1]]) for c in _columns(tasks) if task in (None, c[0])},
+            selected_epoch=int(content["selected_epoch"]),
+            steps=int(content["steps"]),
+            history=list(content["history"]),
+            conflict_rate=None if content["conflict_rate"] is None else float(content["conflict_rate"]),
+            step_ms=float(cost["step_ms"]),
+            peak_mb=float(cost["peak_mb"]),
+            parameters=int(cost["parameters"]),
+        )
+    except KeyError as error:
+        raise ResultError(f"{path} is incomplete: {error.args[0]!r} is missing. {fix}") from error
+    except (TypeError, ValueError) as error:
+        raise ResultError(f"{path} is corrupt: {error}. {fix}") from error
+
+
+def _value(value: float | None) -> float:
+    """JSON has no NaN, so null stands for a metric that was not finite."""
+    return math.nan if value is None else float(value)
+
+
+def _read_json(path: Path, fix: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # cut-off JSON and broken UTF-8 alike
+        raise ResultError(f"{path} is not readable as JSON ({error}). {fix}") from error
+    if not isinstance(content, dict):
+        raise ResultError(f"{path} must hold one JSON object; it holds a {type(content).__name__}. {fix}")
+    return content

@@ -1,0 +1,566 @@
+"""Runs a comparison: one job per method and seed and per single-task baseline and seed, each resumable.
+
+A directory holds one comparison: ``comparison.json`` (what was asked for), and ``runs/<label>/seed-<k>`` with the job's
+``checkpoint.pt`` while it trains and ``result.json`` when it is done. Results are written whole or not at all, so a
+comparison killed at any moment goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import platform
+import statistics
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Subset, TensorDataset
+
+import detente
+from detente.benchmark.problem import Problem, load_problem
+from detente.benchmark.results import read_config
+from detente.benchmark.specs import Spec
+from detente.diagnostics import task_gramian
+from detente.gramian import cosines
+from detente.method import Method, method_class
+from detente.methods import DTP
+from detente.nn import active_task, convert_task_norm
+from detente.step import step
+
+__all__ = ["Event", "Job", "Progress", "jobs_of", "prepare", "run_jobs", "write_json"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: a method on all tasks (``task`` None), or plain training on one task.
+
+    Attributes:
+        problem: name or path, as given to :func:`load_problem`.
+        label: the method's text, or ``single``.
+        task: the task of a single-task baseline.
+        seed: of initialisation, data order and the method's draws.
+        settings: epochs, batch size, learning rate, ...
+    """
+
+    problem: str
+    label: str
+    task: str | None
+    seed: int
+    settings: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Name of the run, also of its directory."""
+        return self.label if self.task is None else f"single-{self.task}"
+
+    def directory(self, root: Path) -> Path:
+        return root / "runs" / self.name / f"seed-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Event:
+    """News of a job: ``fraction`` of it done, a line of current figures, or the error that ended it."""
+
+    job: str
+    seed: int
+    fraction: float
+    text: str = ""
+    error: str | None = None
+
+
+Progress = Callable[[Event], None]
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file whole or not at all."""
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(scratch, path)
+
+
+def jobs_of(problem: Problem, specs: Sequence[Spec], seeds: Iterable[int], settings: dict[str, Any]) -> list[Job]:
+    """All jobs of a comparison, seed by seed, baselines first."""
+    return [
+        job
+        for seed in seeds
+        for job in [
+            *(Job(problem.source, "single", task, seed, settings) for task in problem.tasks),
+            *(Job(problem.source, spec.label, None, seed, settings) for spec in specs),
+        ]
+    ]
+
+
+def prepare(
+    root: Path, problem: Problem, specs: Sequence[Spec], seeds: Sequence[int], settings: dict[str, Any], command: str
+) -> dict[str, Any]:
+    """Create the directory, or check that the comparison it holds is this one; methods and seeds may be added.
+
+    Raises:
+        ValueError: the directory holds another comparison.
+        OSError: it cannot be written.
+    """
+    content: dict[str, Any] = {
+        "problem": problem.name,
+        "source": problem.source,
+        "digest": problem.digest,
+        "tasks": problem.tasks,
+        "settings": settings,
+        "methods": [*([] if problem.whole else ["single"]), *(spec.label for spec in specs)],
+        "seeds": list(seeds),
+        "command": command,
+        "environment": {
+            "detente": detente.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        },
+    }
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe = root / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"cannot write to {root}: {error.strerror}. Choose another --out.") from error
+    if (root / "comparison.json").exists():
+        before = read_config(root / "comparison.json")
+        for key in ("problem", "digest", "settings"):
+            if before.get(key) != content[key]:
+                what = "the problem's code" if key == "digest" else key
+                raise ValueError(
+                    f"{root} holds another comparison: {what} was {_differing(before.get(key), content[key])}. "
+                    "Choose another --out, or delete the directory."
+                )
+        content["methods"] = list(dict.fromkeys([*before["methods"], *content["methods"]]))
+        content["seeds"] = sorted({*before["seeds"], *content["seeds"]})
+    write_json(root / "comparison.json", content)
+    return content
+
+
+def _differing(before: Any, now: Any) -> str:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
+        return ", ".join(f"{k} = {before.get(k)!r} and is now {now.get(k)!r}" for k in keys)
+    return f"{before!r} and is now {now!r}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One job
+
+
+@lru_cache(maxsize=2)
+def _loaded(source: str) -> tuple[Problem, dict[str, Dataset[Any]]]:
+    problem = load_problem(source)
+    return problem, problem.make_data()
+
+
+def _batches(data: Dataset[Any], size: int, generator: torch.Generator) -> DataLoader[Any]:
+    sampler = RandomSampler(data, generator=generator)  # type: ignore[arg-type]
+    if isinstance(data, TensorDataset):  # one index operation per batch instead of one per sample
+        return DataLoader(data, sampler=BatchSampler(sampler, size, drop_last=True), batch_size=None)
+    return DataLoader(data, batch_size=size, sampler=sampler, drop_last=True)
+
+
+class _Log:
+    """Figures of the running epoch: mean losses, weights, norms and cosines."""
+
+    def __init__(self, tasks: Sequence[str]) -> None:
+        self.tasks = tasks
+        self.losses: dict[str, Tensor] = {t: torch.zeros((), dtype=torch.float64) for t in tasks}
+        self.weights: dict[str, Tensor] = {t: torch.zeros((), dtype=torch.float64) for t in tasks}
+        self.steps = 0
+        self.gramians: list[Tensor] = []
+
+    def loss(self, losses: Mapping[str, Tensor]) -> None:
+        for task, loss in losses.items():
+            self.losses[task] += loss.detach().double()
+
+    def row(self, epoch: int) -> dict[str, Any]:
+        steps = max(self.steps, 1)
+        entry: dict[str, Any] = {
+            "epoch": epoch,
+            "steps": self.steps,
+            "loss": {t: float(v) / steps for t, v in self.losses.items()},
+            "weights": {t: float(v) / steps for t, v in self.weights.items()},
+            "norms": None,
+            "cosine": None,
+            "conflict_rate": None,
+        }
+        if self.gramians:
+            stacked = torch.stack(self.gramians)
+            cosine = cosines(stacked)
+            upper = torch.ones(len(self.tasks), len(self.tasks)).triu(1).bool()
+            norms = stacked.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt().mean(0)
+            entry["norms"] = dict(zip(self.tasks, norms.tolist(), strict=True))
+            entry["cosine"] = cosine.mean(0).tolist()
+            entry["conflict_rate"] = float((cosine[:, upper] < 0).double().mean())
+            entry["probes"] = len(self.gramians)
+        return entry
+
+
+def _score(problem: Problem, figures: dict[str, dict[str, float]]) -> float:
+    """What the best epoch is chosen by: the mean logarithm of the validation figures, errors negated.
+
+    The change of this score is, to first order, delta-m, without needing a baseline.
+    """
+    terms = [
+        (1 if problem.tasks[task][metric] == "max" else -1) * math.log(max(value, 1e-12))
+        for task, values in figures.items()
+        for metric, value in values.items()
+    ]
+    return sum(terms) / len(terms)
+
+
+def _evaluate(
+    problem: Problem, model: nn.Module, data: Dataset[Any], tasks: tuple[str, ...], per_task: bool
+) -> dict[str, dict[str, float]]:
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            if not per_task:
+                return problem.metrics(model, data, tasks)
+            figures = {}
+            for task in tasks:
+                with active_task(task):
+                    figures.update(problem.metrics(model, data, (task,)))
+            return figures
+    finally:
+        model.train(was_training)
+
+
+class _Training:
+    """The state of one job between epochs: everything that a checkpoint holds."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.problem, self.data = _loaded(job.problem)
+        self.tasks = tuple(self.problem.tasks) if job.task is None else (job.task,)
+        torch.manual_seed(job.seed)
+        self.model = self.problem.make_model(self.tasks)
+        spec = Spec.parse("gd" if job.task is not None else job.label)
+        self.per_task = "model" in method_class(spec.method).needs
+        if self.per_task:
+            convert_task_norm(self.model, self.tasks)
+        self.method: Method = spec.build(self.model, job.settings["epochs"], job.seed)
+        self.optimizer = self.problem.make_optimizer(self.model, job.settings)
+        self.generator = torch.Generator().manual_seed(job.seed)
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Any] = {"score": -math.inf, "epoch": 0, "metrics": {}}
+        self.reached: dict[str, int] = {}
+        self.step_times: list[float] = []
+        self.peak_mb = 0.0
+        self.first_figures: dict[str, dict[str, float]] = {}
+        self._probing = False
+
+    # -- checkpoints
+
+    def save(self, path: Path) -> None:
+        scratch = path.with_suffix(".tmp")
+        torch.save(
+            {
+                "job": asdict(self.job),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "method": self.method.state_dict(),
+                "generator": self.generator.get_state(),
+                "random": torch.get_rng_state(),
+                "history": self.history,
+                "best": self.best,
+                "reached": self.reached,
+                "step_times": self.step_times,
+                "peak_mb": self.peak_mb,
+                "first_figures": self.first_figures,
+            },
+            scratch,
+        )
+        os.replace(scratch, path)
+
+    def load(self, path: Path) -> None:
+        try:
+            saved = torch.load(path, weights_only=True)
+            if saved["job"] != asdict(self.job):
+                raise ValueError("it belongs to another job")
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.method.load_state_dict(saved["method"])
+            self.generator.set_state(saved["generator"])
+            torch.set_rng_state(saved["random"])
+            for key in ("history", "best", "reached", "step_times", "peak_mb", "first_figures"):
+                setattr(self, key, saved[key])
+        except Exception as error:
+            raise ValueError(
+                f"the checkpoint {path} cannot be used ({type(error).__name__}: {str(error).splitlines()[0]}). "
+                "Delete this file to train the run from its start; finished runs are not touched."
+            ) from error
+
+    # -- training
+
+    @property
+    def epoch(self) -> int:
+        return len(self.history)
+
+    def _closure(self, batch: Any, log: _Log) -> Callable[..., dict[str, Tensor]]:
+        def closure(tasks: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+            wanted = tasks or self.tasks
+            losses: dict[str, Tensor] = {}
+            if self.per_task:
+                for task in wanted:
+                    with active_task(task):
+                        losses.update(self.problem.losses(self.model, batch, (task,)))
+            else:
+                losses = self.problem.losses(self.model, batch, wanted)
+            log.loss(losses)
+            if self._probing and len(losses) > 1:
+                gramian = task_gramian(losses)
+                if gramian is not None:
+                    log.gramians.append(gramian)
+            return losses
+
+        return closure
+
+    def run_epoch(self, progress: Callable[[float, str], None]) -> None:
+        settings = self.job.settings
+        log = _Log(self.tasks)
+        loader = _batches(self.data["train"], settings["batch_size"], self.generator)
+        count = len(loader)
+        self.model.train()
+        said = time.monotonic()
+        for k, batch in enumerate(loader):
+            self._probing = k % settings["probe_every"] == 0
+            start = time.process_time()
+            update = step(self._closure(batch, log), self.optimizer, self.method)
+            if not self._probing:
+                self.step_times.append(1000 * (time.process_time() - start))
+            log.steps += 1
+            for task, weight in update.weights.items():
+                log.weights[task] += weight.double().mean()
+            if time.monotonic() - said > 0.5:
+                said = time.monotonic()
+                progress((self.epoch + (k + 1) / count) / settings["epochs"], self._line())
+        self.method.next_epoch()
+        row = log.row(self.epoch + 1)
+        bad = [t for t, v in row["loss"].items() if not math.isfinite(v)]
+        if bad:
+            raise FloatingPointError(f"the loss of task {bad[0]!r} is not finite in epoch {self.epoch + 1}")
+        if "metrics" in self.method.needs:
+            self._observe_metrics()
+        row["val"] = _evaluate(self.problem, self.model, self.data["val"], self.tasks, self.per_task)
+        self.history.append(row)
+        self._reach(row["val"])
+        score = _score(self.problem, row["val"])
+        if score > self.best["score"]:
+            test = _evaluate(self.problem, self.model, self.data["test"], self.tasks, self.per_task)
+            self.best = {"score": score, "epoch": self.epoch, "metrics": test}
+        self.step_times = self.step_times[-2000:]
+
+    def _observe_metrics(self) -> None:
+        """Report each task's first figure on a fixed part of the TRAINING data, brought into (0, 1), to the method."""
+        train = self.data["train"]
+        size = min(len(train), 256)  # type: ignore[arg-type]
+        figures = _evaluate(self.problem, self.model, Subset(train, range(size)), self.tasks, self.per_task)
+        self.first_figures = self.first_figures or figures
+        report = {}
+        for task in self.tasks:
+            metric, direction = next(iter(self.problem.tasks[task].items()))
+            value = figures[task][metric]
+            if direction == "max":
+                report[task] = min(max(value, 0.0), 1.0)
+            else:
+                start = self.first_figures[task][metric]
+                report[task] = start / (start + value) if start > 0 else 0.5
+        for child in self.method.modules():
+            if isinstance(child, DTP):
+                child.observe_metrics(report)
+
+    def _reach(self, figures: dict[str, dict[str, float]]) -> None:
+        for task, goals in (self.problem.target or {}).items():
+            if task in figures and task not in self.reached:
+                better = {"max": float.__ge__, "min": float.__le__}
+                if all(better[self.problem.tasks[task][m]](figures[task][m], float(g)) for m, g in goals.items()):
+                    self.reached[task] = self.epoch
+
+    def done(self) -> bool:
+        target = self.problem.target
+        stop = target is not None and all(t in self.reached for t in self.tasks if t in target)
+        return stop or self.epoch >= self.job.settings["epochs"]
+
+    def _line(self) -> str:
+        if not self.history:
+            return ""
+        first = {task: next(iter(figures.values())) for task, figures in self.history[-1]["val"].items()}
+        return "  ".join(f"{task} {value:.3g}" for task, value in first.items())
+
+    def result(self) -> dict[str, Any]:
+        metrics = {t: dict(v) for t, v in self.best["metrics"].items()}
+        for task in self.tasks:
+            if "epochs" in self.problem.tasks[task] and self.problem.target:
+                metrics[task]["epochs"] = float(self.reached.get(task, self.job.settings["epochs"]))
+        rated = [(r["conflict_rate"], r["probes"]) for r in self.history if r["conflict_rate"] is not None]
+        return {
+            "problem": self.problem.name,
+            "method": "single" if self.job.task else Spec.parse(self.job.label).method,
+            "label": self.job.label,
+            "seed": self.job.seed,
+            "task": self.job.task,
+            "metrics": metrics,
+            "selected_epoch": self.best["epoch"],
+            "epochs": self.epoch,
+            "steps": sum(row["steps"] for row in self.history),
+            "reached": self.reached,
+            "history": self.history,
+            "conflict_rate": sum(r * n for r, n in rated) / sum(n for _, n in rated) if rated else None,
+            "cost": {
+                "step_ms": statistics.median(self.step_times) if self.step_times else 0.0,
+                "peak_mb": self.peak_mb,
+                "parameters": sum(p.numel() for p in self.model.parameters()),
+            },
+        }
+
+
+class _PeakMemory:
+    """Peak resident memory of this process above its level at the start of the block, in MB."""
+
+    peak_mb = 0.0
+
+    def __enter__(self) -> _PeakMemory:
+        gc.collect()
+        if sys.platform == "linux":
+            try:
+                ctypes.CDLL("libc.so.6").malloc_trim(0)  # give freed memory of earlier jobs back first
+                Path("/proc/self/clear_refs").write_text("5")
+            except (OSError, AttributeError):
+                pass
+        self.before = self._read()[0]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.peak_mb = max(self._read()[1] - self.before, 0.0)
+
+    @staticmethod
+    def _read() -> tuple[float, float]:
+        """Current and peak resident memory in MB."""
+        if sys.platform == "linux":
+            lines = Path("/proc/self/status").read_text().splitlines()
+            fields = {k: v for k, _, v in (line.partition(":") for line in lines)}
+            return int(fields["VmRSS"].split()[0]) / 1024, int(fields["VmHWM"].split()[0]) / 1024
+        if sys.platform == "win32":
+            return 0.0, 0.0
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return peak, peak
+
+
+def _run(job: Job, root: Path, progress: Progress) -> None:
+    directory = job.directory(root)
+    directory.mkdir(parents=True, exist_ok=True)
+    checkpoint = directory / "checkpoint.pt"
+    training = _Training(job)
+    if checkpoint.exists():
+        training.load(checkpoint)
+
+    def say(fraction: float, text: str) -> None:
+        progress(Event(job.name, job.seed, fraction, text))
+
+    say(training.epoch / job.settings["epochs"], training._line())
+    saved = time.monotonic()
+    with _PeakMemory() as memory:
+        while not training.done():
+            training.run_epoch(say)
+            # an epoch may take milliseconds; losing two seconds of work is cheaper than writing each
+            if time.monotonic() - saved > 2:
+                training.save(checkpoint)
+                saved = time.monotonic()
+            say(training.epoch / job.settings["epochs"], training._line())
+    training.peak_mb = max(training.peak_mb, memory.peak_mb)
+    write_json(directory / "result.json", training.result())
+    checkpoint.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many jobs
+
+_queue: Any = None
+
+
+def _start_worker(queue: Any) -> None:
+    """Prepare a worker process: one thread, and no life beyond its parent's."""
+    global _queue
+    _queue = queue
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)  # the parent was killed: a resumed comparison must find nobody writing to its runs
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _work(job: Job, root: Path) -> str | None:
+    """Run a job in a worker; the error's text if it failed."""
+    try:
+        _run(job, root, _queue.put)
+    except Exception as error:
+        trace = traceback.format_exc()
+        (job.directory(root) / "error.txt").write_text(trace)
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def run_jobs(jobs: Sequence[Job], root: Path, processes: int, progress: Progress) -> dict[str, str]:
+    """Run what is not finished yet, in ``processes`` worker processes of one thread each.
+
+    Returns:
+        Errors by job, ``{"cagrad seed 0": "..."}``; the other jobs have finished.
+    """
+    pending = []
+    for job in jobs:
+        if (job.directory(root) / "result.json").exists():
+            progress(Event(job.name, job.seed, 1.0, "finished before"))
+        else:
+            pending.append(job)
+    errors: dict[str, str] = {}
+    if not pending:
+        return errors
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    with ProcessPoolExecutor(
+        min(processes, len(pending)), mp_context=context, initializer=_start_worker, initargs=(queue,)
+    ) as pool:
+        futures: dict[Future[str | None], Job] = {pool.submit(_work, job, root): job for job in pending}
+        waiting = set(futures)
+        while waiting:
+            done, waiting = wait(waiting, timeout=0.1, return_when=FIRST_COMPLETED)
+            for event in _drain(queue):
+                progress(event)
+            for future in done:
+                job = futures[future]
+                failure = future.exception()
+                error = f"{type(failure).__name__}: {failure}" if failure else future.result()
+                if error is not None:
+                    errors[f"{job.name} seed {job.seed}"] = error
+                progress(Event(job.name, job.seed, 1.0, "" if error is None else "failed", error))
+    return errors
+
+
+def _drain(queue: Any) -> Iterator[Event]:
+    while not queue.empty():
+        yield queue.get()

@@ -1,0 +1,50 @@
+"""The Gramian of the task gradients, without an update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from detente.backward import named_losses
+from detente.engine.graph import reach
+from detente.engine.jacobian import Jacobian
+from detente.gramian import Partition
+
+__all__ = ["task_gramian"]
+
+
+def task_gramian(
+    losses: Mapping[str, Tensor] | Sequence[Tensor], shared: Iterable[Tensor] | None = None
+) -> Tensor | None:
+    """Inner products of the tasks' gradients of the shared parameters; keeps the graph and writes no ``.grad``.
+
+    Costs one backward pass per task.
+
+    Args:
+        losses: as in :func:`detente.backward`.
+        shared: parameters to compare the tasks on; None finds those reached by two or more losses.
+
+    Returns:
+        ``[T, T]`` float64 CPU tensor, or None where no parameter is shared.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> task_gramian([x[0], -x[0] + x[1]]).tolist()
+        [[1.0, -1.0], [-1.0, 2.0]]
+    """
+    tensors = list(named_losses(losses).values())
+    found = reach(tensors, shared)
+    if not found.shared:
+        return None
+    rows = Jacobian(found.shared, len(tensors))
+    for t, loss in enumerate(tensors):
+        mine = [k for k, tasks in enumerate(found.tasks) if t in tasks]
+        taken = torch.autograd.grad(loss, [found.shared[k] for k in mine], retain_graph=True, allow_unused=True)
+        gradients: list[Tensor | None] = [None] * len(found.shared)
+        for k, gradient in zip(mine, taken, strict=True):
+            gradients[k] = gradient
+        rows.write(t, gradients)
+    return rows.gramian(Partition.by_model(found.shared))[0].cpu()
