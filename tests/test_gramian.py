@@ -76,7 +76,10 @@ def blocks(partition: Partition) -> list[list[int]]:
 
 def test_partitions():
     assert (Partition.by_model(PARAMETERS).count, blocks(Partition.by_model(PARAMETERS))) == (1, [[0]] * 5)
-    assert (Partition.by_layer(PARAMETERS).count, blocks(Partition.by_layer(PARAMETERS))) == (5, [[0], [1], [2], [3], [4]])
+    assert (Partition.by_layer(PARAMETERS).count, blocks(Partition.by_layer(PARAMETERS))) == (
+        5,
+        [[0], [1], [2], [3], [4]],
+    )
     channel = Partition.by_channel(PARAMETERS)
     assert (channel.count, blocks(channel)) == (10, [[0, 1, 2], [3], [4, 5, 6, 7], [], [8, 9]])
     assert [dims for dims, _ in channel.members] == [(0,), (), (0,), (0,), (0,)]

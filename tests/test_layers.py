@@ -101,4 +101,6 @@ def test_importing_detente_loads_no_optional_library():
         f"loaded = {{m.split('.')[0] for m in new}} & set('{optional}'.split()); assert not loaded, loaded; "
         "assert not [m for m in new if m.startswith('detente.benchmark')]"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(ROOT.parent), "OMP_NUM_THREADS": "1"})
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(ROOT.parent), "OMP_NUM_THREADS": "1"}
+    )

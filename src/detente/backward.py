@@ -352,6 +352,8 @@ def aggregate(
     if values is not None and values.shape != (count,):
         raise ValueError(f"losses must have shape ({count},), one per row of jacobian; got {tuple(values.shape)}.")
     context = Context(tuple(str(i) for i in range(count)), losses=values)
+    if not bool(jacobian.isfinite().all()):
+        return torch.full_like(jacobian[0], math.nan)
     rows = Jacobian([jacobian[0]], count)
     for t, row in enumerate(jacobian):
         rows.write(t, [row])

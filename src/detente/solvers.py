@@ -61,6 +61,7 @@ def cone(cosine: Array, target: Array, start: NDArray[np.bool_] | None = None) -
     """
     count = len(target)
     magnitude = np.abs(cosine)
+    crowd = cosine.sum(1)  # breaks ties by who conflicts most, not by position
     y = np.zeros(count)
     active: list[int] = []
     if start is not None and start.any():
@@ -77,8 +78,10 @@ def cone(cosine: Array, target: Array, start: NDArray[np.bool_] | None = None) -
         candidate[active] = False
         candidate[list(rejected)] = False
         if not candidate.any():
-            return Cone(y, True, y > 0, True)
-        new = int(np.argmax(np.where(candidate, slack, -math.inf)))
+            return Cone(_even(cosine, target, y), True, y > 0, True)
+        largest = slack[candidate].max()
+        tied = candidate & (slack >= largest - noise)
+        new = int(np.argmin(np.where(tied, crowd, math.inf)))
         before = y.copy()
         ray = _enter(cosine, target, y, active, new)
         if ray is not None:
@@ -88,6 +91,14 @@ def cone(cosine: Array, target: Array, start: NDArray[np.bool_] | None = None) -
         else:
             rejected.clear()
     return Cone(y, True, y > 0, False)
+
+
+def _even(cosine: Array, target: Array, y: Array) -> Array:
+    """The same minimiser with equal shares for rows that are copies of each other."""
+    same = (cosine > 1 - 1e-13) & (np.abs(target[:, None] - target) <= 1e-10 * np.abs(target))
+    if np.count_nonzero(same) == len(y):
+        return y
+    return np.asarray(same @ (y / same.sum(0)))
 
 
 def _solve(matrix: Array, target: Array) -> tuple[Array, bool]:
@@ -103,11 +114,16 @@ def _enter(cosine: Array, target: Array, y: Array, active: list[int], new: int) 
     index = np.array(active, dtype=np.intp)
     if len(index):
         against, regular = _solve(cosine[np.ix_(index, index)], cosine[index, new])
-        if not regular or 1 - cosine[index, new] @ against <= 32 * EPS * (len(index) + 1):
-            falling = against > 0
+        size = 1 + float(np.abs(against).sum())
+        # the cosines carry errors of about EPS, so the squared distance from the span carries EPS * size**2
+        if not regular or 1 - cosine[index, new] @ against <= 64 * EPS * size**2:
+            slope = target[new] - against @ target[index]
+            if slope <= 256 * EPS * size * (abs(target[new]) + np.abs(against) @ np.abs(target[index])):
+                return None  # nothing is gained along the null direction
+            falling = against > 1e-10 * size
             if not falling.any():
                 ray = np.zeros_like(y)
-                ray[index], ray[new] = -against, 1.0
+                ray[index], ray[new] = np.maximum(-against, 0), 1.0
                 return np.asarray(ray / ray.sum())
             ratio = np.where(falling, y[index] / np.where(falling, against, 1.0), math.inf)
             first = int(np.argmin(ratio))
@@ -123,8 +139,9 @@ def _enter(cosine: Array, target: Array, y: Array, active: list[int], new: int) 
             return None
         current = y[index]
         blocked = best <= 0
-        step = np.where(blocked, current / np.maximum(current - best, np.finfo(float).tiny), math.inf)
-        length = min(float(step.min()), 1.0)
+        falls = blocked & (current > best)
+        step = np.where(falls, current / np.where(falls, current - best, 1.0), np.where(blocked, 0.0, math.inf))
+        length = float(step.min())
         y[index] = current + length * (best - current)
         leaving = {int(i) for i in index[blocked & (step <= length)]}
         y[list(leaving)] = 0.0
@@ -146,9 +163,9 @@ def min_norm(gramian: Array) -> tuple[Array, bool]:
         return zero / zero.sum(), True
     if len(gramian) == 2:
         (a, b), (_, d) = gramian
-        gap = a + d - 2 * b
-        x = min(max((d - b) / gap, 0.0), 1.0) if gap > 0 else 0.5
-        return np.array([x, 1 - x]), True
+        # each weight from its own numerator, so that neither loses digits beside the other
+        pull = np.maximum(np.array([d - b, a - b]), 0.0)
+        return (pull / pull.sum() if pull.sum() > 0 else np.array([0.5, 0.5])), True
     norms, cosine = norms_and_cosines(gramian)
     solution = cone(cosine, norms.min() / norms)
     weights = solution.y / (norms / norms.min())

@@ -21,8 +21,10 @@ SCENES = {
 METHODS = ("gd", "mgda", "pcgrad", "cagrad(c=0.4)", "cagrad(c=0.8)", "cdtt")
 EFFECT = {"gd": 0.05, "mgda": 0.09, "pcgrad": 0.04, "cagrad(c=0.4)": 0.025, "cagrad(c=0.8)": 0.01, "cdtt": 0.045}
 """Relative loss against single-task."""
-TYPICAL = {"accuracy": 0.9, "miou": 0.55, "pixel_accuracy": 0.83, "absolute_error": 0.51, "relative_error": 0.21,
-           "mean_angle": 16.5, "median_angle": 11.9, "within_11": 0.47, "within_22": 0.71, "within_30": 0.86}  # fmt: skip
+TYPICAL = {
+    "accuracy": 0.9, "miou": 0.55, "pixel_accuracy": 0.83, "absolute_error": 0.51, "relative_error": 0.21,
+    "mean_angle": 16.5, "median_angle": 11.9, "within_11": 0.47, "within_22": 0.71, "within_30": 0.86,
+}  # fmt: skip
 
 
 def write_comparison(
@@ -43,7 +45,7 @@ def write_comparison(
         "settings": {"epochs": epochs, "batch_size": 128, "lr": 1e-3},
         "methods": [*(["single"] if single else []), *methods],
         "seeds": list(seeds),
-        "command": f"detente compare {problem} --methods {','.join(methods)} --seeds {len(seeds)} --out {directory.name}",
+        "command": f"detente compare {problem} --methods {','.join(methods)} --seeds {len(seeds)}",
         "environment": {"detente": "0.1.0", "torch": "2.13.0+cpu", "python": "3.12.3", "platform": "Linux-x86_64"},
     }
     (directory / "comparison.json").write_text(json.dumps(config, indent=1))

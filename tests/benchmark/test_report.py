@@ -10,8 +10,8 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 import pytest
-from benchmark.synthetic import METHODS, SCENES, write_comparison
 
+from benchmark.synthetic import METHODS, SCENES, write_comparison
 from detente.benchmark.report import figure_sections, styles, write_report
 from detente.benchmark.results import load_comparison, verdict
 from detente.benchmark.tables import result_grid
@@ -75,7 +75,6 @@ def test_every_plot_is_drawn_and_the_console_stays_silent(report, tmp_path):
     dom, console = browse(report, tmp_path, "say([...page.querySelectorAll('.plot')].map(p => p.id))")
     assert console == ""
     plots = said(dom)
-    assert len(plots) == dom.count('class="plot') - dom.count('class="plotly ') or len(plots) > 20
     comparison = load_comparison(report.parent)
     assert plots == [f"plot-{figure.key}" for section in figure_sections(comparison) for figure in section.figures]
     drawn = re.findall(r'id="(plot-[\w-]+)".{0,900}?class="main-svg"', dom, re.S)
@@ -94,12 +93,13 @@ def test_the_console_check_would_notice_a_request(report, tmp_path):
 def test_nothing_is_wider_than_a_phone(report, tmp_path, width):
     script = """
         const wide = [...page.querySelectorAll("body *")].filter(e => !e.closest(".scroll > *, .legend > *, svg svg"))
-            .filter(e => e.getBoundingClientRect().right > report.innerWidth + 0.5 && e.getBoundingClientRect().width)
+            .filter(e => e.getBoundingClientRect().width && e.getBoundingClientRect().right > report.innerWidth + 0.5)
             .filter(e => !e.closest("defs, .draglayer, .infolayer, .layer-below, .layer-above"));
-        say({inner: report.innerWidth, scroll: page.documentElement.scrollWidth, wide: wide.map(e => e.outerHTML.slice(0, 200)),
+        const {scrollWidth, clientWidth} = page.documentElement;
+        say({inner: report.innerWidth, over: scrollWidth - clientWidth, wide: wide.map(e => e.outerHTML.slice(0, 200)),
              tables: [...page.querySelectorAll(".scroll")].map(e => [e.scrollWidth, e.clientWidth])})"""
     found = said(browse(report, tmp_path, script, width=width)[0])
-    assert (found["inner"], found["scroll"], found["wide"]) == (width, width, [])
+    assert (found["inner"], found["over"], found["wide"]) == (width, 0, [])
     results = found["tables"][0]
     assert results[0] > results[1]  # the wide table scrolls in its own box
 
@@ -130,7 +130,8 @@ def test_values_that_are_not_there_sort_last_both_ways(report, tmp_path):
     script = f"""
         const table = page.querySelector("table.sortable"), last = [];
         const button = table.tHead.rows[table.tHead.rows.length - 1].cells[{place}].querySelector("button");
-        for (let i = 0; i < 2; i++) {{ button.click(); last.push(table.tBodies[0].rows[6].cells[0].textContent.trim()); }}
+        for (let i = 0; i < 2; i++) {{
+          button.click(); last.push(table.tBodies[0].rows[6].cells[0].textContent.trim()); }}
         say(last)"""
     assert all(label.endswith("single") for label in said(browse(report, tmp_path, script)[0]))
 
@@ -270,7 +271,7 @@ def test_a_loss_over_many_orders_of_magnitude_is_on_a_log_scale(tmp_path):
     for file in directory.glob("runs/*/*/result.json"):
         job = json.loads(file.read_text())
         for row in job["history"]:
-            row["loss"] = {task: 10.0 ** -row["epoch"] for task in row["loss"]}
+            row["loss"] = dict.fromkeys(row["loss"], 10.0 ** (-row["epoch"]))
         file.write_text(json.dumps(job))
     sections = {section.key: section.figures for section in figure_sections(load_comparison(directory))}
     assert [figure.layout["yaxis"]["type"] for figure in sections["curves"]] == ["log", "linear"] * 2

@@ -5,9 +5,9 @@ import math
 from pathlib import Path
 
 import pytest
-from benchmark.synthetic import DIGITS, SCENES, make_job, write_comparison, write_job
 from scipy import stats
 
+from benchmark.synthetic import DIGITS, SCENES, make_job, write_comparison, write_job
 from detente.benchmark.results import Estimate, ResultError, differences, load_comparison, verdict
 
 TASKS = {"left": {"accuracy": "max"}, "right": {"error": "min", "mae": "min"}}

@@ -5,9 +5,9 @@ import io
 import json
 
 import pytest
-from benchmark.synthetic import DIGITS, SCENES, make_job, write_comparison, write_job
 from rich.console import Console
 
+from benchmark.synthetic import DIGITS, SCENES, make_job, write_comparison, write_job
 from detente.benchmark import tables
 from detente.benchmark.results import load_comparison
 

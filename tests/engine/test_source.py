@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -87,10 +88,10 @@ def test_draws_leave_the_global_generator_alone():
 
 
 def test_a_rest_without_any_preference_has_no_mean():
-    source = detente.Sampled(1)
+    sources = [detente.Sampled(1, seed) for seed in range(20)]
+    first = next(s for s in sources if copy.deepcopy(s).rows(shares(0.4, 0.3, 0.3))[0].tasks == (0,))
     with pytest.raises(ValueError, match="positive preference"):
-        for _ in range(20):
-            source.rows(shares(1.0, 0.0, 0.0))
+        first.rows(shares(1.0, 0.0, 0.0))
 
 
 def test_spread_hands_the_rows_coefficient_to_its_tasks():

@@ -193,7 +193,7 @@ def test_no_row_scale_freezes_the_update(method, small):
 
 
 def test_cagrad_where_tasks_are_mutually_stationary():
-    """g_1 = -g_2, g_3 orthogonal to both: g_w = 0, and the nearest maximiser is the projection of g0 on the dual cone."""
+    """g_1 = -g_2, g_3 orthogonal to both: g_w = 0; the nearest maximiser is the projection of g0 on the dual cone."""
     J = torch.tensor([[1.0, 0, 0], [-1.0, 0, 0], [0, 2.0, 0]], dtype=torch.float64)
     for scale in (1e-6, 1.0, 1e6):
         d = detente.aggregate(J * scale, detente.CAGrad(c=0.5))

@@ -24,7 +24,13 @@ def mgda(J: Array) -> Array:
 def edm(J: Array) -> tuple[Array, Array]:
     """(beta, d). Min-norm point of the unit gradients, with the length gamma = 1 / sum_i alpha_i / n_i."""
     n = norms(J)
-    alpha, v = min_norm(np.array([g / size for g, size in zip(J, n, strict=True)]))
+    units = [g / size for g, size in zip(J, n, strict=True)]
+    found, v = min_norm(np.array(units))
+    # where unit gradients coincide alpha is not unique, and gamma depends on it: equal shares, as T = 2 has them
+    alpha = []
+    for u in units:
+        twins = [a for a, other in zip(found, units, strict=True) if np.abs(u - other).max() <= 1e-12]
+        alpha.append(sum(twins) / len(twins))
     gamma = 1.0 / sum(a / size for a, size in zip(alpha, n, strict=True))
     beta = np.array([gamma * a / size for a, size in zip(alpha, n, strict=True)])
     if np.sqrt(np.dot(v, v)) <= INSIDE:

@@ -1,7 +1,7 @@
 """The two convex problems behind most methods, solved on the vectors themselves and checked before they are returned.
 
-Both are reduced to non-negative least squares (Lawson and Hanson, "Solving Least Squares Problems", ch. 23), which never
-forms the Gramian, so the oracle keeps the digits that squaring the gradients loses.
+Both are reduced to non-negative least squares (Lawson and Hanson, "Solving Least Squares Problems", ch. 23), which
+never forms the Gramian, so the oracle keeps the digits that squaring the gradients loses.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def min_norm(J: Array) -> tuple[Array, Array]:
 
 
 def min_norm_by_enumeration(J: Array) -> Array:
-    """The same point for a few rows: the nearest point of every face's affine hull, where its weights are not negative."""
+    """The same point for a few rows: the nearest point of every face's affine hull, if inside the face."""
     best = min(J, key=lambda g: np.dot(g, g))
     for size in range(2, len(J) + 1):
         for face in combinations(range(len(J)), size):

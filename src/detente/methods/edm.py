@@ -33,7 +33,8 @@ class EDM(GramianMethod):
     The shortest vector ``v = sum_i a_i u_i`` in the hull of the *unit* gradients, as long as the weighted harmonic
     mean of their norms: ``d = v / sum_i (a_i / n_i)`` (Katrutsa et al. 2020). For two tasks
     ``d = (n2 g1 + n1 g2) / (n1 + n2)``. It never conflicts with a task, and rescaling one loss changes its length
-    but not its direction. Zero where 0 is in the hull of the unit gradients. Solved exactly.
+    but not its direction. Zero where 0 is in the hull of the unit gradients. Solved exactly; tasks whose gradients
+    point the same way share their weight equally (the length depends on it).
 
     Task-specific parameters follow their own loss.
 

@@ -69,9 +69,7 @@ class TaskNorm(nn.Module, Generic[Norm]):
 
     def __getitem__(self, task: str) -> Norm:
         if task not in self.tasks:
-            raise KeyError(
-                f"{type(self).__name__} has no norm for task {task!r}; it knows {list(self.tasks)}"
-            )
+            raise KeyError(f"{type(self).__name__} has no norm for task {task!r}; it knows {list(self.tasks)}")
         return cast(Norm, self._modules[_key(task)])
 
     def __iter__(self) -> Iterator[str]:

@@ -68,27 +68,27 @@ def test_images_overlay_two_real_digits_with_their_labels_and_no_digit_is_in_two
     for split, dataset in data.items():
         images, left, right = dataset[:600]
         found = taken_apart(images)
-        assert all(found)
-        for pairs, *label in zip(found, left.tolist(), right.tolist(), strict=True):
-            assert label in [[target[a], target[b]] for a, b in pairs]
-        certain = [pairs[0] for pairs in found if len(pairs) == 1]
-        assert len(certain) > 570  # a digit can hide under another, which leaves a few images ambiguous
-        used[split] = {source for pair in certain for source in pair}
-    assert (
-        not used["train"] & used["val"]
-        and not used["train"] & used["test"]
-        and not used["val"] & used["test"]
-    )
+        assert [len(pairs) for pairs in found] == [1] * 600  # no image can be read in two ways
+        for [(a, b)], *label in zip(found, left.tolist(), right.tolist(), strict=True):
+            assert label == [target[a], target[b]]
+        used[split] = {source for [pair] in found for source in pair}
+    assert not used["train"] & used["val"]
+    assert not used["train"] & used["test"]
+    assert not used["val"] & used["test"]
     # 1200 draws from n digits show n (1 - exp(-1200 / n)) of them: about 720 of 1078, 267 of 270, 418 of 449
-    assert len(used["train"]) > 650 and len(used["val"]) > 250 and len(used["test"]) > 380
+    assert len(used["train"]) > 650
+    assert len(used["val"]) > 250
+    assert len(used["test"]) > 380
 
 
 def test_data_have_the_documented_form(data: Any) -> None:
     assert list(data) == ["train", "val", "test"]
     for dataset in data.values():
         images, left, right = dataset[:]
-        assert images.shape == (len(dataset), 1, 10, 10) and images.dtype == torch.float32
-        assert images.min() == 0 and images.max() == 1
+        assert images.shape == (len(dataset), 1, 10, 10)
+        assert images.dtype == torch.float32
+        assert images.min() == 0
+        assert images.max() == 1
         for labels in (left, right):
             assert labels.dtype == torch.int64
             assert sorted(labels.unique().tolist()) == list(range(10))
@@ -119,10 +119,7 @@ def test_a_single_task_model_has_only_that_task(data: Any) -> None:
     assert list(digits.losses(model, batch, ("right",))) == ["right"]
     both = digits.make_model(BOTH)
     assert list(digits.losses(both, batch, BOTH)) == list(BOTH)
-    assert (
-        sum(p.numel() for p in both.parameters()) - sum(p.numel() for p in model.parameters())
-        == 128 * 10 + 10
-    )
+    assert sum(p.numel() for p in both.parameters()) - sum(p.numel() for p in model.parameters()) == 48 * 10 + 10
 
 
 @pytest.mark.parametrize("tasks", [BOTH, ("left",), ("right",)])
@@ -130,7 +127,7 @@ def test_a_few_steps_are_far_above_chance(data: Any, tasks: tuple[str, ...]) -> 
     torch.manual_seed(0)
     model = digits.make_model(tasks)
     train_steps(model, data, [tasks], steps=60)
-    # chance is .1; 60 steps gave .66 to .77 for two tasks and .77 to .86 for one over four seeds
+    # chance is .1; over four seeds 60 steps gave .68 to .75 for two tasks and .73 to .84 for one
     assert min(accuracy(model, data["val"], tasks).values()) > 0.5
 
 
@@ -150,7 +147,7 @@ def test_the_trunk_learns_with_task_norms(data: Any) -> None:
     train_steps(model, data, [("left",), ("right",)], steps=60)
     for task in BOTH:
         with active_task(task):
-            # chance is .1; NUMBERS over four seeds
+            # chance is .1; over four seeds 60 steps gave .68 to .80
             assert accuracy(model, data["val"], (task,))[task] > 0.5
 
 

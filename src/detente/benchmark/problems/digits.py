@@ -1,9 +1,10 @@
 """MultiDigits: two overlapping handwritten digits; one network reads the left one and the right one.
 
 The 1797 real digits that scikit-learn bundles are split first, so no validation or test image shows a digit
-that was trained on; then two digits of one split are laid over each other. The trunk is small, so that it costs
-accuracy to share it. The learning rate was chosen for equal weights by the best mean validation accuracy within
-12 epochs, mean of three seeds, among 1e-3 (.912), 2e-3 (.916), 5e-3 (.914) and 1e-2 (.910).
+that was trained on; then two digits of one split are laid over each other. Of a dozen trunks tried with equal
+weights, this small one was taken because sharing it costs accuracy. The learning rate was tuned on equal
+weights too: the best mean validation accuracy within 12 epochs, over three seeds, was .886 at 1e-3, .894 at
+2e-3, .896 at 5e-3 and .897 at 1e-2; of the last two, a tie, the smaller is the default.
 """
 
 from __future__ import annotations
@@ -14,14 +15,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 SHIFT = 2  # pixels down and to the right, from the left digit to the right one
-SPLITS = {
-    "train": (0.60, 10_000),
-    "val": (0.15, 2_000),
-    "test": (0.25, 4_000),
-}  # share of the digits, pairs made
+# share of the source digits, number of pairs made from them
+SPLITS = {"train": (0.60, 10_000), "val": (0.15, 2_000), "test": (0.25, 4_000)}
 
 tasks: dict[str, dict[str, str]] = {"left": {"accuracy": "max"}, "right": {"accuracy": "max"}}
-settings: dict[str, float] = {"epochs": 12, "batch_size": 128, "lr": 2e-3}
+settings: dict[str, float] = {"epochs": 12, "batch_size": 128, "lr": 5e-3}
 
 
 def make_data() -> dict[str, Dataset[tuple[Tensor, ...]]]:
@@ -35,9 +33,7 @@ def make_data() -> dict[str, Dataset[tuple[Tensor, ...]]]:
     except ImportError as error:
         raise ImportError('the digits problem needs scikit-learn: pip install "detente[compare]"') from error
     digits = load_digits()
-    images = (
-        torch.tensor(digits.images, dtype=torch.float32) / 16
-    )  # 16 is white in every image, whatever the split
+    images = torch.tensor(digits.images, dtype=torch.float32) / 16  # the format's white, not a statistic
     labels = torch.tensor(digits.target, dtype=torch.int64)
     generator = torch.Generator().manual_seed(0)
     sizes = [round(share * len(labels)) for share, _ in SPLITS.values()]
@@ -57,8 +53,8 @@ class DigitsNet(nn.Module):
     def __init__(self, tasks: tuple[str, ...]) -> None:
         super().__init__()
         pool = nn.MaxPool2d(2)
-        self.trunk = nn.Sequential(*_block(1, 8), pool, *_block(8, 16), pool, *_block(16, 32), nn.Flatten())
-        self.heads = nn.ModuleDict({task: nn.Linear(32 * 2 * 2, 10) for task in tasks})
+        self.trunk = nn.Sequential(*_block(1, 8), pool, *_block(8, 12), pool, *_block(12, 12), nn.Flatten())
+        self.heads = nn.ModuleDict({task: nn.Linear(12 * 2 * 2, 10) for task in tasks})
 
     def forward(self, images: Tensor, tasks: tuple[str, ...]) -> dict[str, Tensor]:
         """Class scores [B, 10] of each requested task for images [B, 1, 10, 10]."""
@@ -77,9 +73,7 @@ def losses(model: nn.Module, batch: tuple[Tensor, ...], tasks: tuple[str, ...]) 
     return {task: F.cross_entropy(scores, labels[task]) for task, scores in model(images, tasks).items()}
 
 
-def metrics(
-    model: nn.Module, data: Dataset[tuple[Tensor, ...]], tasks: tuple[str, ...]
-) -> dict[str, dict[str, float]]:
+def metrics(model: nn.Module, data: Dataset[tuple[Tensor, ...]], tasks: tuple[str, ...]) -> dict[str, dict[str, float]]:
     """Share of right answers, 0..1, of each requested task."""
     right = dict.fromkeys(tasks, 0)
     seen = 0

@@ -73,10 +73,15 @@ def _evaluate(x: Array) -> tuple[Array, Array]:
 
 
 def outcome(x: Array) -> str:
-    """What became of a trajectory that ended at ``x``: ``optimum``, ``front`` (of Pareto) or ``stuck``."""
+    """Where a trajectory that ended at ``x`` got to.
+
+    ``optimum`` (within 0.02), ``front`` (on the Pareto set), ``stuck`` (at the ridge) or ``under way`` (in the bowl).
+    """
     if math.dist(x.tolist(), OPTIMUM) <= 0.02:
         return "optimum"
-    return "front" if abs(x[0]) <= 7.05 and abs(x[1] + 8.395) <= 0.05 else "stuck"
+    if abs(x[0]) <= 7.05 and abs(x[1] + 8.395) <= 0.05:
+        return "front"
+    return "stuck" if x[1] > 0 else "under way"
 
 
 def compare(
@@ -232,14 +237,20 @@ def _paths(results: Sequence[dict[str, Any]]) -> dict[str, list[Array]]:
 
 def summary(results: Sequence[dict[str, Any]]) -> list[Table]:
     """End points of every method from every start."""
-    table = Table(title="toy: end points and what they are", box=box.SIMPLE_HEAD)
+    table = Table(title="toy: where each start ended (front: its first coordinate)", box=box.SIMPLE_HEAD)
     table.add_column("method")
     for start in STARTS:
-        table.add_column(f"from ({start[0]:g}, {start[1]:g})")
+        table.add_column(f"{start[0]:g}, {start[1]:g}")
     for label, paths in _paths(results).items():
         ends = [path[-1] for path in paths]
-        table.add_row(label, *(f"({x[0]:.2f}, {x[1]:.2f}) {outcome(x)}" for x in ends))
+        table.add_row(label, *(_words(x) for x in ends))
     return [table]
+
+
+def _words(x: Array) -> str:
+    reached = outcome(x)
+    details = {"optimum": "", "front": f" at {x[0]:.2f}"}
+    return reached + details.get(reached, f" ({x[0]:.1f}, {x[1]:.1f})")
 
 
 def report(results: Sequence[dict[str, Any]], directory: Path) -> None:
