@@ -721,7 +721,7 @@ def test_grad_scaler_skips_an_overflow_and_the_history_with_it(name):
     net, twin = Net().float(), Net().float()
     for n in (net, twin):
         n.x, n.y = n.x.float(), {t: y.float() for t, y in n.y.items()}
-    method, plain = detente.get_method(name), detente.get_method(name)
+    method, reference = detente.get_method(name), detente.get_method(name)
     optimizer, other = (torch.optim.SGD(n.parameters(), lr=1e-7) for n in (net, twin))
 
     def losses(net: Net) -> dict[str, Tensor]:
@@ -737,7 +737,7 @@ def test_grad_scaler_skips_an_overflow_and_the_history_with_it(name):
         return update
 
     detente.backward(losses(net), method)
-    detente.backward(losses(net), plain)
+    detente.backward(losses(net), reference)
     before = copy.deepcopy(net.state_dict()), plain(method.state_dict())
     # losses near 1 times 2^115 just fit into float32; the gradient of one of them, a million times larger, does not
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**115)
@@ -751,7 +751,7 @@ def test_grad_scaler_skips_an_overflow_and_the_history_with_it(name):
     for _ in range(3):
         step(scaler)
         other.zero_grad()
-        detente.backward(losses(twin), plain)
+        detente.backward(losses(twin), reference)
         other.step()
         # powers of two are exact in float32: the scaled run is the plain one bit for bit
         assert all(

@@ -46,6 +46,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
+if not console.is_terminal:
+    console.width = 120  # a file or a pipe has no edge to fit
 
 DEFAULT_METHODS = "cagrad,wpcgrad,cdtt,connection_strength,mgda,pcgrad"
 
@@ -95,6 +97,8 @@ def _settings(problem: Problem, given: dict[str, Any]) -> dict[str, Any]:
         if value is not None:
             if key not in settings:
                 raise ValueError(f"problem {problem.name!r} has no setting {key!r}; it has {', '.join(settings)}.")
+            if key == "seeds":
+                raise ValueError("the number of seeds is not one of the settings; use --seeds.")
             if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
                 raise ValueError(f"{key} must be a positive number; got {value!r}.")
             settings[key] = value
@@ -205,12 +209,13 @@ def _show(root: Path) -> None:
         (root / f"{name}.tex").write_text(tables.latex(grid))
     (root / "results.csv").write_text(tables.results_csv(comparison))
     (root / "cost.csv").write_text(tables.cost_csv(comparison))
-    report = write_report(comparison, root)
-    for table in [*tables.result_tables(comparison), tables.cost_table(comparison)]:
+    headline = module.verdict(results) if hasattr(module, "verdict") else verdict(comparison)
+    report = write_report(comparison, root, headline)
+    for table in [*tables.result_tables(comparison, console.width), tables.cost_table(comparison)]:
         console.print(table)
     for table in module.summary(results) if hasattr(module, "summary") else []:
         console.print(table)
-    console.print(verdict(comparison), soft_wrap=True, highlight=False)
+    console.print(headline, soft_wrap=True, highlight=False)
     for note in comparison.notes:
         console.print(f"Note: {note}", soft_wrap=True, highlight=False)
     console.print(f"Tables: {root}/results.csv, .md, .tex; {root}/cost.csv, .md, .tex", highlight=False, soft_wrap=True)

@@ -18,6 +18,7 @@ and optionally::
     target = {"left": {"accuracy": 0.9}}   # training ends once every figure has been reached on the validation split;
                                            # a task may declare a metric "epochs": how many that took
     def summary(results):                  # rich tables to print below the others; results: the runs' result.json
+    def verdict(results):                  # the sentence that sums up; default: each method against equal weights
     def report(results, directory):        # draw figures into directory/figures, which the report shows
 
 Trunks with BatchNorm or LayerNorm can be trained by connection strength, which gives every task its own norms.
@@ -177,5 +178,5 @@ def load_problem(source: str) -> Problem:
                     f"problem {name!r}: tasks[{task!r}][{metric!r}] must be 'max' or 'min'; got {direction!r}."
                 )
     digest = hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()[:16]
-    settings = {**DEFAULTS, **module.settings}
+    settings = dict(module.settings) if hasattr(module, "compare") else {**DEFAULTS, **module.settings}
     return Problem(name, source, _first_line(module), digest, tasks, settings, module)

@@ -76,8 +76,10 @@ class Section:
         return {1: 1, 2: 2, 4: 2}.get(len(self.figures), 3)
 
 
-def write_report(comparison: Comparison, directory: str | Path) -> Path:
+def write_report(comparison: Comparison, directory: str | Path, headline: str | None = None) -> Path:
     """Write ``report.html`` into `directory` and return its path; the same comparison gives the same bytes.
+
+    `headline` stands at the top; None is the verdict on the methods.
 
     Pictures that a problem has left in ``figures/*.svg`` or ``*.png`` of the comparison are embedded.
     """
@@ -93,7 +95,7 @@ def write_report(comparison: Comparison, directory: str | Path) -> Path:
     sections = figure_sections(comparison)
     page = environment.get_template("report.html.j2").render(
         comparison=comparison,
-        verdict=verdict(comparison),
+        verdict=verdict(comparison) if headline is None else headline,
         styles=looks,
         tables={"results": result_grid(comparison), "cost": cost_grid(comparison)},
         sections=sections,

@@ -205,7 +205,8 @@ def compare(jobs: Iterable[Job], config: Mapping[str, Any], directory: Path) -> 
     unusable = [column for column, value in baseline.items() if value == 0 or not math.isfinite(value)]
     if set(baseline) != set(_columns(tasks)):
         baseline = {}
-        notes.append("There is no single-task baseline for every task, so delta-m is absent.")
+        if SINGLE in config["methods"]:
+            notes.append("There is no single-task baseline for every task, so delta-m is absent.")
     elif unusable:
         names = ", ".join(" ".join(column) for column in unusable)
         notes.append(f"The single-task baseline is 0 or not finite, so delta-m leaves out: {names}.")

@@ -7,6 +7,7 @@ comparison killed at any moment goes on with the same command.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import gc
 import json
@@ -334,6 +335,16 @@ class _Training:
 
         return closure
 
+    def warm_up(self) -> None:
+        """One backward pass on a copy, so that one-time allocations of the libraries do not count as the job's."""
+        random = torch.get_rng_state()
+        batch = next(iter(_batches(self.data["train"], self.job.settings["batch_size"], torch.Generator())))
+        model = copy.deepcopy(self.model)
+        for task in self.tasks:
+            with active_task(task):
+                self.problem.losses(model, batch, (task,))[task].backward()  # type: ignore[no-untyped-call]
+        torch.set_rng_state(random)
+
     def run_epoch(self, progress: Callable[[float, str], None]) -> None:
         settings = self.job.settings
         log = _Log(self.tasks)
@@ -479,6 +490,7 @@ def _run(job: Job, root: Path, progress: Progress) -> None:
         progress(Event(job.name, job.seed, fraction, text))
 
     say(training.epoch / job.settings["epochs"], training._line())
+    training.warm_up()
     saved = time.monotonic()
     with _PeakMemory() as memory:
         while not training.done():

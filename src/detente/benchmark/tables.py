@@ -24,7 +24,7 @@ from detente.benchmark.results import SINGLE, Comparison, Estimate, Row
 Direction = Literal["max", "min"]
 ARROWS = {"max": "↑", "min": "↓"}
 WIDTH = 100
-"""Columns of terminal that no table of `result_tables` exceeds, names permitting."""
+"""Columns of terminal that no table of `result_tables` exceeds by default, names permitting."""
 
 
 @dataclass(frozen=True)
@@ -101,16 +101,16 @@ def cost_grid(comparison: Comparison) -> Grid:
     return _grid([cost.label for cost in costs], columns, cells)
 
 
-def result_tables(comparison: Comparison) -> list[Table]:
-    """The result table for the terminal; where 100 columns do not hold it, a summary and then tables per task."""
+def result_tables(comparison: Comparison, width: int = WIDTH) -> list[Table]:
+    """The result table for the terminal; where `width` columns do not hold it, a summary and then tables per task."""
     grid = result_grid(comparison)
     title = f"{comparison.problem}, {_seeds(comparison)}"
-    if _width(grid, range(len(grid.columns))) <= WIDTH:
+    if _width(grid, range(len(grid.columns))) <= width:
         return [_rich(grid, range(len(grid.columns)), title, with_group=True)]
     tables = []
     for group in ["", *comparison.tasks]:
         indices = [index for index, column in enumerate(grid.columns) if column.group == group]
-        for part in _pack(grid, indices):
+        for part in _pack(grid, indices, width):
             tables.append(_rich(grid, part, f"{title}: {group}" if group else title, with_group=False))
     return tables
 
@@ -252,11 +252,11 @@ def _width(grid: Grid, indices: Iterable[int]) -> int:
     return total
 
 
-def _pack(grid: Grid, indices: Sequence[int]) -> list[list[int]]:
+def _pack(grid: Grid, indices: Sequence[int], width: int) -> list[list[int]]:
     """Cut a row of columns into runs that each fit the terminal."""
     parts: list[list[int]] = []
     for index in indices:
-        if parts and _width(grid, [*parts[-1], index]) <= WIDTH:
+        if parts and _width(grid, [*parts[-1], index]) <= width:
             parts[-1].append(index)
         else:
             parts.append([index])

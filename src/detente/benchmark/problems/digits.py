@@ -19,7 +19,7 @@ SHIFT = 2  # pixels down and to the right, from the left digit to the right one
 SPLITS = {"train": (0.60, 10_000), "val": (0.15, 2_000), "test": (0.25, 4_000)}
 
 tasks: dict[str, dict[str, str]] = {"left": {"accuracy": "max"}, "right": {"accuracy": "max"}}
-settings: dict[str, float] = {"epochs": 12, "batch_size": 128, "lr": 5e-3}
+settings: dict[str, float] = {"epochs": 12, "batch_size": 128, "lr": 5e-3, "seeds": 5}
 
 
 def make_data() -> dict[str, Dataset[tuple[Tensor, ...]]]:

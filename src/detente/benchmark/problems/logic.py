@@ -67,29 +67,50 @@ def metrics(model: nn.Module, data: TensorDataset, tasks: tuple[str, ...]) -> di
     return {t: {"error": float(v)} for t, v in losses(model, (x, xor, and_), tasks).items()}
 
 
-def summary(results: Sequence[dict[str, Any]]) -> list[Table]:
-    """Epochs until both gates were solved, and their ratio to the central direction's."""
-    solved: dict[str, dict[int, int]] = {}
-    runs: dict[str, int] = {}
+def _solved(results: Sequence[dict[str, Any]]) -> dict[str, dict[int, int | None]]:
+    """Epochs until both gates were solved, None for never; by method and seed."""
+    solved: dict[str, dict[int, int | None]] = {}
     for result in results:
         if result["task"] is None:
-            label = result["label"]
-            runs[label] = runs.get(label, 0) + 1
-            found = solved.setdefault(label, {})
-            if set(result["reached"]) == set(tasks):
-                found[result["seed"]] = max(result["reached"].values())
-    centre = solved.get("edm", {})
+            both = set(result["reached"]) == set(tasks)
+            solved.setdefault(result["label"], {})[result["seed"]] = max(result["reached"].values()) if both else None
+    return solved
+
+
+def _ratio(one: dict[int, int | None], other: dict[int, int | None]) -> tuple[float | None, int]:
+    """Epochs of ``one`` relative to ``other`` on the seeds that both solved, and how many these are."""
+    pairs = [(a, b) for seed, a in one.items() if a is not None and (b := other.get(seed)) is not None]
+    return (sum(a for a, _ in pairs) / sum(b for _, b in pairs) if pairs else None), len(pairs)
+
+
+def verdict(results: Sequence[dict[str, Any]]) -> str:
+    """The task tensioner against its central direction."""
+    solved = _solved(results)
+    if "cdtt" not in solved or "edm" not in solved:
+        return "Add cdtt and edm to compare the task tensioner with the central direction alone."
+    ratio, both = _ratio(solved["cdtt"], solved["edm"])
+    counts = {k: sum(v is not None for v in solved[k].values()) for k in ("cdtt", "edm")}
+    runs = len(solved["cdtt"])
+    text = f"cdtt solved both gates in {counts['cdtt']} of {runs} runs, the central direction alone in {counts['edm']}"
+    if ratio is not None:
+        text += f"; on the {both} seeds that both solved, cdtt needed {100 * ratio:.0f}% of its epochs"
+    return text + "."
+
+
+def summary(results: Sequence[dict[str, Any]]) -> list[Table]:
+    """Epochs until both gates were solved, and their ratio to the central direction's."""
+    solved = _solved(results)
     table = Table(title="logic: epochs until both gates are solved", box=box.SIMPLE_HEAD)
     for heading in ("method", "solved", "mean epochs where solved", "relative to edm", "seeds both solved"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for label, found in solved.items():
-        both = sorted(set(found) & set(centre))
-        ratio = sum(found[s] for s in both) / sum(centre[s] for s in both) if both else None
+        epochs = [e for e in found.values() if e is not None]
+        ratio, both = _ratio(found, solved.get("edm", {}))
         table.add_row(
             label,
-            f"{len(found)}/{runs[label]}",
-            f"{statistics.mean(found.values()):.0f}" if found else "-",
+            f"{len(epochs)}/{len(found)}",
+            f"{statistics.mean(epochs):.0f}" if epochs else "-",
             "-" if ratio is None else f"{ratio:.2f}",
-            str(len(both)),
+            str(both),
         )
     return [table]

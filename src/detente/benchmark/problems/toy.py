@@ -32,7 +32,7 @@ from detente.method import Context, GramianMethod, LossWeighting, Method
 Array = NDArray[np.float64]
 
 tasks = {"loss 1": {"final": "min"}, "loss 2": {"final": "min"}}
-settings = {"steps": 100_000, "lr": 1e-3}
+settings = {"steps": 100_000, "lr": 1e-3, "seeds": 5}
 methods = "gd,mgda,pcgrad,cagrad(c=0.2),cagrad(c=0.5),cagrad(c=0.8),wpcgrad,edm"
 STARTS = ((-8.5, 7.5), (-8.5, 5.0), (0.0, 0.0), (9.0, 9.0), (10.0, -8.0))
 OPTIMUM = (0.0, -8.3551)
@@ -245,6 +245,23 @@ def summary(results: Sequence[dict[str, Any]]) -> list[Table]:
         ends = [path[-1] for path in paths]
         table.add_row(label, *(_words(x) for x in ends))
     return [table]
+
+
+def verdict(results: Sequence[dict[str, Any]]) -> str:
+    """Who reached the optimum from every start, and who got stuck."""
+    reached = {label: [outcome(path[-1]) for path in paths] for label, paths in _paths(results).items()}
+    parts = []
+    everywhere = [label for label, found in reached.items() if set(found) == {"optimum"}]
+    if everywhere:
+        parts.append(f"{', '.join(everywhere)} reached the optimum of the mean loss from all {len(STARTS)} starts")
+    for label, found in reached.items():
+        if "stuck" in found:
+            parts.append(f"{label} is stuck at the ridge from {found.count('stuck')}")
+    on_front = [label for label, found in reached.items() if set(found) == {"optimum", "front"}]
+    if on_front:
+        parts.append(f"{', '.join(on_front)} ended on the Pareto front, at points that depend on the start")
+    text = "; ".join(parts) or "No method has reached the optimum or the Pareto front from all starts"
+    return text[0].upper() + text[1:] + "."
 
 
 def _words(x: Array) -> str:
