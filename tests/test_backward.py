@@ -99,8 +99,11 @@ def oracle(
     values = torch.stack([loss.detach().double().reshape(()) for loss in losses.values()])
     weights = method.weights(J @ J.T, Context(tuple(losses), losses=values))
     result: list[Tensor | None] = []
+    # a task left out for its zero trunk gradient has coefficient 0 there, and still trains its own head
+    moving = torch.where(J.norm(dim=1) > 0, weights, 1.0)
     for k in range(len(parameters)):
-        factors = weights if k in chosen or method.heads == "weighted" else torch.ones_like(weights)
+        own = moving if method.heads == "weighted" else torch.ones_like(weights)
+        factors = weights if k in chosen else own
         parts = [w * row[k] for w, row in zip(factors, g, strict=True) if row[k] is not None]
         result.append(sum(parts[1:], parts[0]).to(parameters[k].dtype) if parts else None)
     return result, weights

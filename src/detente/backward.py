@@ -14,7 +14,7 @@ from torch import Tensor
 from detente.engine.graph import Reach, reach
 from detente.engine.jacobian import Jacobian
 from detente.engine.source import Row, Sampled, every_task, spread
-from detente.method import Context, GramianMethod, LossWeighting, Method, Update
+from detente.method import Context, GramianMethod, LossWeighting, Method, Update, one_of, require_method
 
 __all__ = ["aggregate", "backward"]
 
@@ -39,14 +39,15 @@ def backward(
 
     Args:
         losses: ``{task: scalar loss}``, or a sequence of scalar losses (the tasks are then named ``"0"``, ``"1"``,
-            ...). A step may bring only some of the tasks, in any order.
+            ...). A step may bring only some of the tasks, in any order. Compute them as separate tensors: entries of
+            one vector all seem to depend on all parameters.
         method: a method of this library, such as ``detente.CAGrad()``.
         shared: parameters to treat as shared; None finds them from the autograd graph. With a single loss nothing is
             shared unless you say so, and every parameter gets its plain gradient.
         source: ``"parameters"`` (the gradients of all tasks) or :class:`detente.Sampled`.
         granularity: ``"model"``, ``"layer"`` (one set of coefficients per parameter tensor) or ``"channel"`` (per
             index of the first dimension); None is the method's own.
-        weighting: a loss weighting that is applied to the losses first.
+        weighting: a loss weighting that is applied to the losses first: the method sees weighted losses and gradients.
         scale: factor that is already inside the losses, such as ``scaler.get_scale()``. Methods see the unscaled
             losses and gradients; ``.grad`` keeps the factor.
 
@@ -88,14 +89,27 @@ def run(
     """What :func:`backward` does, for methods in whatever phase."""
     _single_process()
     named = named_losses(losses)
-    if not isinstance(method, GramianMethod | LossWeighting):
-        hint = " Did you forget to build it, as in detente.CAGrad()?" if isinstance(method, type) else ""
-        raise TypeError(f"method must be a method of detente; got {method!r}.{hint}")
+    with torch.autocast(next(iter(named.values())).device.type, enabled=False):
+        return _run(named, method, shared, source, granularity, weighting, scale)
+
+
+def _run(
+    named: dict[str, Tensor],
+    method: Method,
+    shared: Iterable[Tensor] | None,
+    source: str | Sampled,
+    granularity: str | None,
+    weighting: LossWeighting | None,
+    scale: float,
+) -> Update:
+    require_method(method)
     if weighting is not None and not isinstance(weighting, LossWeighting):
         raise TypeError(f"weighting must be a loss weighting such as detente.DWA(); got {weighting!r}.")
     if source != "parameters" and not isinstance(source, Sampled):
         raise ValueError(f"source must be 'parameters' or detente.Sampled(n); got {source!r}.")
-    if not (math.isfinite(scale) and scale > 0):
+    if granularity is not None:
+        one_of("granularity", granularity, ("model", "layer", "channel"))
+    if not isinstance(scale, int | float) or not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale must be a positive number; got {scale!r}.")
     found = reach(list(named.values()), shared)
     if isinstance(method, LossWeighting):
@@ -104,6 +118,7 @@ def run(
                 f"{method.name} weights whole losses and takes no task gradients: granularity and source do not apply."
             )
         return _weighted(named, method, found, weighting, scale)
+    assert isinstance(method, GramianMethod)
     return _projected(named, method, found, source, granularity, weighting, scale)
 
 
@@ -153,27 +168,28 @@ def _values(named: Mapping[str, Tensor], scale: float) -> Tensor:
     return torch.stack([loss.detach().reshape(()).double().to(device) for loss in named.values()]) / scale
 
 
-def _finite(context: Context, scale: float) -> None:
-    assert context.losses is not None
-    if scale == 1.0:
-        for task, value in zip(context.tasks, context.losses.tolist(), strict=True):
-            if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"losses[{task!r}] is {value}. Lower the learning rate, clip gradients, or look for a division "
-                    "by zero or log(0) in this loss. Nothing was written. (Under a gradient scaler pass "
-                    "scale=scaler.get_scale(), and the step is skipped instead.)"
-                )
+def check_finite(losses: Mapping[str, Tensor]) -> None:
+    """Raise where a loss is NaN or infinite."""
+    for task, loss in losses.items():
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"losses[{task!r}] is {value}. Lower the learning rate, clip gradients, or look for a division by zero "
+                "or log(0) in this loss. Nothing was written. (Under a gradient scaler pass scale=scaler.get_scale(), "
+                "and the step is skipped instead.)"
+            )
 
 
 def _weighted(
     named: dict[str, Tensor], method: LossWeighting, found: Reach, weighting: LossWeighting | None, scale: float
 ) -> Update:
-    context = Context(tuple(named), losses=_values(named, scale).cpu())
-    assert context.losses is not None
-    _finite(context, scale)
-    weights = _first(weighting, context)
+    losses = _values(named, scale).cpu()
+    if scale == 1.0:
+        check_finite(dict(zip(named, losses, strict=True)))
+    context = Context(tuple(named), losses=losses)
     method.check(context)
-    weights = weights * method.weights(context.losses, context)
+    weights = _first(weighting, context)
+    weights = weights * method.weights(losses * weights, context)
     tensors = list(named.values())
     leaves = [*found.shared, *{id(p): p for own in found.own for p in own}.values()]
     factors = [w.to(loss.device, loss.dtype).reshape(loss.shape) for w, loss in zip(weights, tensors, strict=True)]
@@ -217,45 +233,51 @@ def _projected(
         )
     context = Context(tasks, partition=partition)
     rows = every_task(len(tasks))
+    shares = None
     if isinstance(source, Sampled):
-        if "losses" in method.needs:
-            context = replace(context, losses=_values(named, scale).cpu())
         if weighting is not None:
             raise ValueError("source=detente.Sampled(...) and weighting do not combine; use the method's preference.")
-        shares = method.sampling_shares(context)
+        losses = _values(named, scale).cpu()
+        if scale == 1.0:
+            check_finite(dict(zip(named, losses, strict=True)))
+        shares = method.sampling_shares(replace(context, losses=losses))
         rows = source.rows(shares)
-        context = replace(context, shares=torch.stack([shares[list(row.tasks)].sum() for row in rows]))
 
     jacobian = Jacobian(found.shared, len(rows))
     heads: list[tuple[Tensor, int, Tensor]] = []
     for r, row in enumerate(rows):
-        _take(jacobian, r, row, tensors, found, heads, last=r == len(rows) - 1)
+        heads += _take(jacobian, r, row, tensors, found, method.heads, last=r == len(rows) - 1)
 
     blocks = jacobian.gramian(partition)
     values = _values(named, scale).to(blocks.device)
     host = torch.cat([blocks.reshape(-1), values]).cpu()  # the step's one transfer to the host
-    blocks = host[: -len(tasks)].reshape(blocks.shape) / scale**2
-    context = replace(context, losses=host[-len(tasks) :])
-    _finite(context, scale)
-    method_context = context
-    if isinstance(source, Sampled):
-        names = tuple(tasks[row.tasks[0]] if len(row.tasks) == 1 else "rest" for row in rows)
-        method_context = replace(context, tasks=names, losses=None)
+    blocks, losses = host[: -len(tasks)].reshape(blocks.shape) / scale**2, host[-len(tasks) :]
+    if scale == 1.0:
+        check_finite(dict(zip(tasks, losses, strict=True)))
+    context = replace(context, losses=losses)
     method.check(context)
     first = _first(weighting, context)
-    if isinstance(source, Sampled):
+    context = replace(context, losses=losses * first)
+    if shares is not None:
+        context = replace(
+            context,
+            tasks=tuple(tasks[row.tasks[0]] if len(row.tasks) == 1 else "(rest)" for row in rows),
+            losses=torch.stack([losses[list(row.tasks)] @ torch.tensor(row.factors).double() for row in rows]),
+            shares=torch.stack([shares[list(row.tasks)].sum() for row in rows]),
+        )
         first = torch.ones(len(rows), dtype=torch.float64)
     blocks = blocks * first.unsqueeze(1) * first
-    weights = method.weights(blocks, method_context) * first
+    weights = method.weights(blocks, context) * first
 
     updates = jacobian.combine(weights, partition)
-    by_task = spread(weights, rows, len(tasks))
     gradients: dict[int, tuple[Tensor, Tensor]] = {
         id(p): (p, update) for p, update in zip(found.shared, updates, strict=True)
     }
-    head_factor = by_task[0] if method.heads == "weighted" else spread(first, rows, len(tasks))
-    for p, task, gradient in heads:
-        factor = float(head_factor[task])
+    # a task that is left out for its zero trunk gradient still trains its head
+    dropped = [row.tasks[0] for row in rows if tasks[row.tasks[0]] in context.stats.get("dropped", ())]
+    for p, r, gradient in heads:
+        weighted = method.heads == "weighted" and rows[r].tasks[0] not in dropped
+        factor = float(weights[0, r] if weighted else first[r])
         scaled = gradient if factor == 1 else gradient * factor
         gradients[id(p)] = (p, gradients[id(p)][1] + scaled if id(p) in gradients else scaled)
     _accumulate(gradients)
@@ -269,31 +291,37 @@ def _projected(
     }
     if len(rows) < len(tasks):
         stats["sampled"] = [tasks[row.tasks[0]] for row in rows[:-1]]
-    shape = by_task.squeeze(0) if partition.count == 1 else by_task
-    return Update({task: shape[..., t] for t, task in enumerate(tasks)}, total, stats)
+    by_task = spread(weights[0] if partition.count == 1 else weights, rows, len(tasks))
+    return Update({task: by_task[..., t] for t, task in enumerate(tasks)}, total, stats)
 
 
 def _take(
-    jacobian: Jacobian,
-    r: int,
-    row: Row,
-    losses: list[Tensor],
-    found: Reach,
-    heads: list[tuple[Tensor, int, Tensor]],
-    *,
-    last: bool,
-) -> None:
-    """Backpropagate one row: its gradient into J, the gradients of its heads into ``heads``."""
+    jacobian: Jacobian, r: int, row: Row, losses: list[Tensor], found: Reach, convention: str, *, last: bool
+) -> list[tuple[Tensor, int, Tensor]]:
+    """Backpropagate one row: its gradient goes into J; those of its heads are returned as ``(parameter, r, gradient)``.
+
+    Heads of a row that averages several tasks take another, short pass (it ends above the trunk), because their own
+    losses have other factors than the average.
+    """
     mine = [k for k, tasks in enumerate(found.tasks) if any(t in tasks for t in row.tasks)]
-    own = [(p, t) for t in row.tasks for p in found.own[t]]
+    own = list({id(p): p for t in row.tasks for p in found.own[t]}.values())
     outputs = [losses[t] for t in row.tasks]
     factors = [torch.full_like(loss, f) for loss, f in zip(outputs, row.factors, strict=True)]
-    inputs = [jacobian.parameters[k] for k in mine] + [p for p, _ in own]
-    taken: Sequence[Tensor | None] = (
-        torch.autograd.grad(outputs, inputs, factors, retain_graph=not last, allow_unused=True) if inputs else ()
-    )
+    inputs = [jacobian.parameters[k] for k in mine]
+
+    def pull(inputs: list[Tensor], factors: list[Tensor], keep: bool) -> Sequence[Tensor | None]:
+        if not inputs:
+            return ()
+        return torch.autograd.grad(outputs, inputs, factors, retain_graph=keep, allow_unused=True)
+
+    if len(row.tasks) == 1 or convention == "weighted":
+        taken = pull([*inputs, *own], factors, not last)
+        head_gradients = taken[len(inputs) :]
+    else:
+        head_gradients = pull(own, [torch.ones_like(loss) for loss in outputs], True)
+        taken = pull(inputs, factors, not last)
     gradients: list[Tensor | None] = [None] * len(jacobian.parameters)
-    for k, gradient in zip(mine, taken[: len(mine)], strict=True):
+    for k, gradient in zip(mine, taken, strict=False):
         if gradient is not None and gradient.layout != torch.strided:
             raise ValueError(
                 f"a shared parameter of shape {tuple(jacobian.parameters[k].shape)} has a sparse gradient, which is "
@@ -301,10 +329,7 @@ def _take(
             )
         gradients[k] = gradient
     jacobian.write(r, gradients)
-    for (p, t), gradient in zip(own, taken[len(mine) :], strict=True):
-        if gradient is not None:
-            factor = row.factors[row.tasks.index(t)]
-            heads.append((p, t, gradient if factor == 1 else gradient / factor))
+    return [(p, r, g) for p, g in zip(own, head_gradients, strict=True) if g is not None]
 
 
 def _accumulate(gradients: Mapping[int, tuple[Tensor, Tensor]]) -> None:
@@ -341,10 +366,13 @@ def aggregate(
         >>> detente.aggregate(J, detente.MGDA()).tolist()
         [1.0, 1.0]
     """
-    if jacobian.dim() != 2 or not jacobian.is_floating_point():
-        raise ValueError(
-            f"jacobian must be a floating tensor of shape [T, P]; got {tuple(jacobian.shape)}, {jacobian.dtype}."
-        )
+    require_method(method)
+    if not isinstance(jacobian, Tensor) or jacobian.dim() != 2 or not jacobian.is_floating_point():
+        got = f"{tuple(jacobian.shape)}, {jacobian.dtype}" if isinstance(jacobian, Tensor) else type(jacobian).__name__
+        raise ValueError(f"jacobian must be a floating tensor of shape [T, P]; got {got}.")
+    if len(jacobian) == 0:
+        raise ValueError(f"jacobian has no rows, its shape is {tuple(jacobian.shape)}; pass at least one task.")
+    jacobian = jacobian.detach()
     if "model" in method.needs:
         raise ValueError(f"{method.name} works on the layers of a model; use detente.backward or detente.step.")
     count = len(jacobian)
@@ -360,12 +388,11 @@ def aggregate(
     partition = method.partition(rows.parameters, context.tasks, "model")
     if isinstance(method, GramianMethod):
         weights = method.weights(rows.gramian(partition)[0].cpu(), context)
-    elif isinstance(method, LossWeighting):
+    else:
+        assert isinstance(method, LossWeighting)
         if values is None and "losses" in method.needs:
             raise ValueError(f"{method.name} needs the losses of the step; pass losses=[...] beside the gradients.")
         weights = method.weights(torch.ones(count, dtype=torch.float64) if values is None else values, context)
-    else:
-        raise TypeError(f"method must be a method of detente; got {method!r}.")
     return rows.combine(weights.unsqueeze(0), partition)[0]
 
 

@@ -14,7 +14,7 @@ import math
 import pkgutil
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -100,8 +100,9 @@ class Update:
 
     Attributes:
         weights: ``{task: coefficient}``; a 0-d float64 tensor, or ``[B]`` where the method works on B blocks.
-        gramian: ``[T, T]`` float64 CPU tensor of the unscaled task gradients of the shared parameters (summed
-            over blocks), in the order of ``weights``; None for methods that never form the task gradients.
+        gramian: ``[T, T]`` float64 CPU tensor of the task gradients of the shared parameters as the method saw them
+            (without ``scale``, with ``weighting``, summed over blocks), in the order of ``weights``; of the sampled
+            tasks and the rest under :class:`detente.Sampled`; None for methods that never form the task gradients.
         stats: counts and figures of the step, such as ``conflicts`` (pairs with a negative product), ``dropped``
             (tasks with a zero gradient), ``backwards`` (backward passes), and what the method itself reports.
     """
@@ -174,6 +175,15 @@ class Method(nn.Module, ABC):
                 "Leave it None for the method's own."
             )
         return splits[granularity](parameters)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As :meth:`torch.nn.Module.load_state_dict`; a state that does not fit leaves this one as it was."""
+        before = copy.deepcopy(self.state_dict())
+        try:
+            return super().load_state_dict(*args, **kwargs)
+        except Exception:
+            super().load_state_dict(before)
+            raise
 
     def get_extra_state(self) -> dict[str, Any]:
         """The history, as plain containers and tensors (loads with ``weights_only=True``)."""
@@ -268,6 +278,8 @@ class GramianMethod(Method):
             raise ValueError(f"gramian is for {count} tasks but {len(context.tasks)} were named: {context.tasks}.")
         self.check(context)
         need_losses(self, context)
+        if gramian.numel() == 0:
+            return gramian.new_zeros(gramian.shape[:-1], dtype=torch.float64, device="cpu")
         flat = gramian.detach().to("cpu", torch.float64).reshape(-1, count, count)
         values_ok = context.losses is None or bool(context.losses.isfinite().all())
         if not (values_ok and bool(flat.isfinite().all())):
@@ -372,8 +384,13 @@ class TaskWeights(nn.Module):
         self.fixed: dict[str, float] | list[float] | None = None
         if isinstance(weights, Mapping):
             self.fixed = {str(k): float(v) for k, v in weights.items()}
-        elif weights is not None and not isinstance(weights, LossWeighting):
+        elif isinstance(weights, Iterable) and not isinstance(weights, str | nn.Module):
             self.fixed = [float(v) for v in weights]
+        elif weights is not None and not isinstance(weights, LossWeighting):
+            raise TypeError(
+                f"{what} must be a vector, a mapping by task name or a loss weighting such as detente.DWA(); got "
+                f"{weights!r}."
+            )
         if self.fixed is not None:
             values = list(self.fixed.values()) if isinstance(self.fixed, dict) else self.fixed
             total = math.fsum(values)
@@ -537,7 +554,9 @@ def one_of(what: str, value: str, choices: Sequence[str]) -> Any:
 
 
 def at_least(what: str, value: float, low: float, *, strict: bool = False) -> float:
-    """``value``, or a ValueError that gives the bound."""
+    """``value``, or an error that names the argument and its bound."""
+    if not isinstance(value, int | float):
+        raise TypeError(f"{what} must be a number; got {value!r}.")
     if not (math.isfinite(value) and (value > low if strict else value >= low)):
         raise ValueError(f"{what} must be a finite number {'>' if strict else '>='} {low:g}; got {value!r}.")
     return value
@@ -567,8 +586,17 @@ def registry() -> dict[str, type[Method]]:
     return found
 
 
+def require_method(method: object) -> None:
+    """Raise where ``method`` is not a method that has been built."""
+    if not isinstance(method, GramianMethod | LossWeighting):
+        hint = " Did you forget to build it, as in detente.CAGrad()?" if isinstance(method, type | str) else ""
+        raise TypeError(f"method must be a method of detente; got {method!r}.{hint}")
+
+
 def method_class(name: str) -> type[Method]:
     """The class of a method by its registered name; dashes and case do not matter."""
+    if not isinstance(name, str):
+        raise TypeError(f"the method's name must be a string such as 'cagrad'; got {name!r}.")
     key = name.strip().lower().replace("-", "_")
     if key not in registry():
         import difflib

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from detente.backward import named_losses, run
+from detente.backward import check_finite, named_losses, run
 from detente.engine.source import Sampled
-from detente.method import LossWeighting, Method, Update
+from detente.method import LossWeighting, Method, Update, require_method
 
 __all__ = ["Closure", "step"]
 
@@ -61,33 +61,42 @@ def step(
         >>> sorted(update.weights)
         ['a', 'b']
     """
-    options: dict[str, Any] = {"granularity": granularity, "weighting": weighting}
-    chosen = None if shared is None else list(shared)
+    require_method(method)
+    if method.requires_step and (weighting is not None or source != "parameters"):
+        raise ValueError(f"weighting and source do not apply to the tasks' own steps of {method.name}; leave them out.")
+    before = method.get_extra_state()
     if not method.sequential():
+        losses = closure(None)
         optimizer.zero_grad(set_to_none=True)
-        update = run(closure(None), method, chosen, source, **options)
+        update = run(losses, method, shared, source, granularity, weighting)
         optimizer.step()
         return update
     weights: dict[str, Tensor] = {}
-    for task in method.sequential_tasks():
-        # heads of the other tasks keep gradient None, so that no optimizer moves them
-        optimizer.zero_grad(set_to_none=True)
-        losses = named_losses(closure((task,)))
+    try:
+        for task, loss in _one_by_one(closure, method.sequential_tasks()):
+            # heads of the other tasks keep gradient None, so that no optimizer moves them
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            weights[task] = torch.ones((), dtype=torch.float64)
+    except Exception:
+        if not weights:
+            method.set_extra_state(before)  # nothing has been trained: the draw of the phase was for nothing
+        raise
+    return Update(weights, None, {"backwards": len(weights), "sequential": True})
+
+
+def _one_by_one(closure: Closure, tasks: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """The loss of each task, computed when its turn comes; tasks for which the closure returns nothing are left out."""
+    for task in tasks:
+        losses = dict(closure((task,)))
+        if not losses:
+            continue
+        named_losses(losses)
         if set(losses) != {task}:
             raise ValueError(
                 f"closure(tasks=({task!r},)) must return the loss of that task alone; got {sorted(losses)}. "
                 "Compute only the losses named in `tasks`."
             )
-        _check_finite(task, losses[task])
-        losses[task].backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        weights[task] = torch.ones((), dtype=torch.float64)
-    return Update(weights, None, {"backwards": len(weights), "sequential": True})
-
-
-def _check_finite(task: str, loss: Tensor) -> None:
-    if not bool(loss.detach().isfinite().all()):
-        raise FloatingPointError(
-            f"losses[{task!r}] is {float(loss)}. Lower the learning rate, clip gradients, or look for a division by "
-            "zero or log(0) in this loss."
-        )
+        check_finite(losses)
+        yield task, losses[task]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
+from torch.nn import Module, Parameter
 
 __all__ = ["Reach", "reach"]
 
@@ -29,16 +30,20 @@ class Reach:
 def reach(losses: Sequence[Tensor], shared: Iterable[Tensor] | None = None) -> Reach:
     """Sort the leaves behind the losses into shared and task-specific.
 
-    A leaf is shared when two or more losses reach it, or when it is listed in ``shared``. One walk over the graph,
-    whatever the number of tasks.
+    A parameter is shared when two or more losses reach it, or when it is listed in ``shared``. Leaves that are no
+    ``torch.nn.Parameter``, such as inputs that require a gradient, count only where there are no parameters at all.
+    One walk over the graph, whatever the number of tasks.
 
     Raises:
         ValueError: an entry of ``shared`` is not a leaf that requires a gradient.
     """
     leaves = _leaves(losses)
     if shared is None:
-        chosen = {id(p) for p, mask in leaves if mask & (mask - 1)}
+        any_leaf = not any(isinstance(p, Parameter) for p, _ in leaves)
+        chosen = {id(p) for p, mask in leaves if mask & (mask - 1) and (any_leaf or isinstance(p, Parameter))}
     else:
+        if isinstance(shared, Tensor | Module):
+            raise TypeError(f"shared must be an iterable of parameters, such as {_example(shared)}.")
         chosen = set()
         for k, p in enumerate(shared):
             if not isinstance(p, Tensor) or not p.is_leaf or not p.requires_grad:
@@ -58,6 +63,10 @@ def reach(losses: Sequence[Tensor], shared: Iterable[Tensor] | None = None) -> R
             for t in tasks:
                 result.own[t].append(p)
     return result
+
+
+def _example(given: Tensor | Module) -> str:
+    return "[parameter]" if isinstance(given, Tensor) else "model.trunk.parameters(); got the module itself"
 
 
 def _leaves(losses: Sequence[Tensor]) -> list[tuple[Tensor, int]]:

@@ -14,7 +14,7 @@ __all__ = ["Jacobian"]
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
+    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).reshape(-1)
 
 
 class Jacobian:
@@ -72,6 +72,15 @@ class Jacobian:
 
     def combine(self, weights: Tensor, partition: Partition) -> list[Tensor]:
         """The update ``J'a``, one tensor per parameter, from weights ``[B, T]``."""
+        device = self.parameters[0].device.type
+        with torch.autocast(device, enabled=False):
+            updates = self._combine(weights, partition)
+        return [
+            torch.view_as_complex(u.clone(memory_format=torch.contiguous_format)) if p.is_complex() else u
+            for p, u in zip(self.parameters, updates, strict=True)
+        ]
+
+    def _combine(self, weights: Tensor, partition: Partition) -> list[Tensor]:
         updates: list[Tensor] = list(self.slices)
         if partition.count == 1:
             for members, buffer in self.groups:
@@ -86,10 +95,7 @@ class Jacobian:
                 shape = rows.shape[1:]
                 front = [shape[d] for d in dims] + [size for d, size in enumerate(shape) if d not in dims]
                 updates[k] = update.view(front).movedim(tuple(range(len(dims))), dims)
-        return [
-            torch.view_as_complex(u.contiguous()) if p.is_complex() else u
-            for p, u in zip(self.parameters, updates, strict=True)
-        ]
+        return updates
 
 
 def _by_slice(rows: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -53,8 +53,8 @@ class Sampled:
     """
 
     def __init__(self, n: int, seed: int = 0) -> None:
-        if n < 1:
-            raise ValueError(f"Sampled(n) needs n >= 1 sampled tasks; got {n}.")
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"Sampled(n) needs a whole number n >= 1 of sampled tasks; got {n!r}.")
         self.n = n
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -71,10 +71,12 @@ class Sampled:
         count = len(shares)
         if self.n >= count - 1:
             return every_task(count)
+        before = self.generator.get_state()
         drawn = torch.randperm(count, generator=self.generator)[: self.n].sort().values.tolist()
         rest = [t for t in range(count) if t not in drawn]
         total = float(shares[rest].sum())
         if total == 0:
+            self.generator.set_state(before)
             raise ValueError(
                 "Sampled cannot average tasks whose preferences are all 0; give every task a positive preference."
             )

@@ -101,19 +101,25 @@ class CDTT(GramianMethod):
                 f"cdtt takes log10 of the losses, which must not be negative; losses[{context.tasks[worst]!r}] is "
                 f"{float(context.losses[worst]):g}. Add a constant to this loss."
             )
+        if context.partition is not None:
+            self._check_blocks(context, context.partition.count)
+
+    def _check_blocks(self, context: Context, count: int) -> None:
+        for task in context.tasks:
+            past = self.history.get(task)
+            if past is not None and past.shape[1] != count:
+                raise ValueError(
+                    f"cdtt has seen task {task!r} with {past.shape[1]} blocks and now gets {count}. "
+                    "Keep granularity and shared parameters, or call method.reset()."
+                )
 
     def observe(self, gramian: Tensor, context: Context) -> None:
         """Push this step's norms; ``history[task]`` is ``[steps, B]``, at most ``window + 1`` steps."""
+        self._check_blocks(context, len(gramian))
         norms = gramian.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
         for i, task in enumerate(context.tasks):
             new = norms[None, :, i]
-            past = self.history.get(task, new[:0])
-            if past.shape[1:] != new.shape[1:]:
-                raise ValueError(
-                    f"cdtt has seen task {task!r} with {past.shape[1]} blocks and now gets {new.shape[1]}. "
-                    "Keep granularity and shared parameters, or call method.reset()."
-                )
-            self.history[task] = torch.cat([past, new])[-(self.window + 1) :]
+            self.history[task] = torch.cat([self.history.get(task, new[:0]), new])[-(self.window + 1) :]
 
     def tensions(self, context: Context) -> Tensor | None:
         """``[B, T]`` tensions of the tasks of this step, or None while warming up."""

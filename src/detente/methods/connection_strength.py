@@ -22,6 +22,9 @@ _BATCH_NORMS = (TaskBatchNorm1d, TaskBatchNorm2d)
 _TOKEN_NORMS = (TaskLayerNorm, TaskRMSNorm)
 
 
+_OPAQUE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
 @dataclass(frozen=True)
 class Pair:
     """A shared layer and the task norm that scales its channels.
@@ -82,10 +85,13 @@ def find_pairs(model: nn.Module) -> list[Pair]:
 
     A task BatchNorm belongs to the layer right before it with as many output channels. A task LayerNorm or RMSNorm
     belongs to the linear layer right before it when both are neighbours in one ``Sequential``, else to the linear
-    layer right after it whose input it normalises (pre-norm), else to the linear layer right before it.
+    layer right after it whose input it normalises (pre-norm), else to the linear layer right before it. Nothing is
+    paired across or inside PyTorch's own attention and transformer layers, which register their parts in another order
+    than they run; name those with ``pairs``.
     """
-    kinds = _LAYERS + _BATCH_NORMS + _TOKEN_NORMS
-    inside = {id(norm) for m in model.modules() if isinstance(m, TaskNorm) for norm in m.modules() if norm is not m}
+    kinds = _LAYERS + _BATCH_NORMS + _TOKEN_NORMS + _OPAQUE
+    closed = [m for m in model.modules() if isinstance(m, (TaskNorm, *_OPAQUE))]
+    inside = {id(part) for m in closed for part in m.modules() if part is not m}
     order = [(name, m) for name, m in model.named_modules() if isinstance(m, kinds) and id(m) not in inside]
     pairs = []
     for k, (name, norm) in enumerate(order):
@@ -272,6 +278,12 @@ class ConnectionStrength(GramianMethod):
             )
         position = torch.tensor([tasks.index(t) if t in tasks else -1 for t in self.tasks])
         by_weight = {id(pair.weight): pair for pair in self.pairs}
+        if not any(id(p) in by_weight for p in parameters):
+            raise ValueError(
+                "none of the paired layers' weights is a shared parameter of this step. Was the model copied or "
+                "rebuilt after the method was built, or are these layers frozen? Build the method from the model you "
+                "train."
+            )
         owners = [-1]  # block 0: the plain sum
         if granularity == "model":
             owners += position.tolist()
@@ -295,9 +307,11 @@ class ConnectionStrength(GramianMethod):
         return Partition(len(owners), tuple(members), torch.tensor(owners))
 
     def rule(self, gramian: Tensor, context: Context) -> Tensor:
-        assert context.partition is not None
-        assert context.partition.owners is not None
-        owners = context.partition.owners
+        owners = None if context.partition is None else context.partition.owners
+        if owners is None:
+            raise ValueError(
+                "connection_strength needs the blocks of a model's channels; use detente.backward or detente.step."
+            )
         weights = torch.ones(gramian.shape[:-1], dtype=torch.float64)
         owned = (owners >= 0).nonzero().flatten()
         owner = owners[owned]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 tasks = {"xor": {"epochs": "min", "error": "min"}, "and": {"epochs": "min", "error": "min"}}
-settings = {"epochs": 2500, "batch_size": 2, "lr": 0.05, "probe_every": 1, "seeds": 10}
+settings = {"epochs": 2500, "batch_size": 2, "lr": 0.05, "seeds": 20}
 methods = "gd,cdtt,edm,mgda,cagrad,wpcgrad"
 target = {"xor": {"error": 1e-3}, "and": {"error": 1e-3}}
 
