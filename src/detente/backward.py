@@ -222,7 +222,7 @@ def _projected(
             warnings.warn(
                 f"no parameter is reached by two or more of the losses {list(tasks)}: there is no conflict to resolve, "
                 "and every loss gets its plain gradient. Were the shared features detached?",
-                stacklevel=4,
+                stacklevel=5,
             )
         return _weighted(named, _PLAIN, found, weighting, scale)
     partition = method.partition(found.shared, tasks, granularity or method.native_granularity)
