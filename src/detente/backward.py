@@ -256,7 +256,8 @@ def _projected(
         check_finite(dict(zip(tasks, losses, strict=True)))
     context = replace(context, losses=losses)
     method.check(context)
-    first = _first(weighting, context)
+    # no history, the weighting's included, sees a step that is not finite
+    first = _first(weighting if bool(host.isfinite().all()) else None, context)
     context = replace(context, losses=losses * first)
     if shares is not None:
         context = replace(
@@ -343,9 +344,7 @@ def _accumulate(gradients: Mapping[int, tuple[Tensor, Tensor]]) -> None:
             p.grad = gradient.detach()
 
 
-def aggregate(
-    jacobian: Tensor, method: Method, losses: Sequence[float] | Tensor | None = None
-) -> Tensor:
+def aggregate(jacobian: Tensor, method: Method, losses: Sequence[float] | Tensor | None = None) -> Tensor:
     """Apply a method's rule to given task gradients.
 
     Args:

@@ -624,11 +624,16 @@ def get_method(name: str, **options: Any) -> Method:
         0.4
     """
     cls = method_class(name)
+    check_options(cls, options)
+    return cls(**options)
+
+
+def check_options(cls: type[Method], options: Iterable[str]) -> None:
+    """Raise where a method has no such option."""
     known = inspect.signature(cls).parameters
     for option in options:
         if option not in known:
             raise TypeError(f"{cls.name} has no option {option!r}; it takes {', '.join(known) or 'none'}.")
-    return cls(**options)
 
 
 def list_methods() -> list[str]:

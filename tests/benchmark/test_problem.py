@@ -28,12 +28,12 @@ def test_a_problem_file_is_loaded_with_its_tasks_settings_and_description():
     assert problem.name == "tiny_problem"
     assert problem.description.startswith("Two regressions on one small network")
     assert list(problem.tasks) == ["sum", "sign"]
-    assert problem.settings == {"epochs": 8, "batch_size": 16, "lr": 1e-2, "probe_every": 2}
+    assert problem.settings == {"epochs": 30, "batch_size": 16, "lr": 1e-2, "probe_every": 2}
     assert load_problem(problem.source).digest == problem.digest
 
 
 def test_settings_that_the_file_leaves_out_have_defaults(tmp_path):
-    source = variant(tmp_path, ('"epochs": 8, "batch_size": 16, "lr": 1e-2, "probe_every": 2', '"lr": 0.5'))
+    source = variant(tmp_path, ('"epochs": 30, "batch_size": 16, "lr": 1e-2, "probe_every": 2', '"lr": 0.5'))
     settings = load_problem(source).settings
     assert settings["lr"] == 0.5
     assert {"epochs", "batch_size"} <= set(settings)
@@ -92,7 +92,7 @@ def test_a_missing_task_in_the_metrics_is_named(tmp_path):
 
 def test_a_model_that_is_no_module_is_named(tmp_path):
     problem = load_problem(variant(tmp_path, ("return Net(tasks)", "return Net")))
-    with pytest.raises(TypeError, match="make_model must return an nn.Module; got type"):
+    with pytest.raises(TypeError, match=r"make_model must return an nn\.Module; got type"):
         problem.make_model(("sum",))
 
 

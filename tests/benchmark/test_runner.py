@@ -61,7 +61,7 @@ def started(out: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
     source = str(Path(detente.__file__).parents[1])
     process = subprocess.Popen(
         [sys.executable, "-m", "detente.benchmark", "compare", str(TINY), *more, "--out", str(out)],
-        env={**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "TINY_SLEEP": "0.1"},
+        env={**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "TINY_SLEEP": "0.09"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -145,18 +145,18 @@ def test_a_finished_run_says_what_was_trained_and_how_it_went(original):
         "label": "pcgrad",
         "seed": 1,
         "task": None,
-        "epochs": 8,
-        "steps": 8 * 48 // 16,
+        "epochs": 30,
+        "steps": 30 * 48 // 16,
     }
     assert {task: set(figures) for task, figures in result["metrics"].items()} == {
         "sum": {"mse"},
         "sign": {"accuracy", "mse"},
     }
-    assert [row["epoch"] for row in result["history"]] == list(range(1, 9))
+    assert [row["epoch"] for row in result["history"]] == list(range(1, 31))
     last = result["history"][-1]
     assert set(last["loss"]) == set(last["weights"]) == set(last["norms"]) == {"sum", "sign"}
-    assert last["cosine"][0][1] == last["cosine"][1][0]
-    assert last["cosine"][0][0] == pytest.approx(1, abs=1e-6)  # gradients are in float32
+    assert last["cosine"][0][1] == pytest.approx(last["cosine"][1][0], abs=1e-12)  # float64 rounding of a mean
+    assert last["cosine"][0][0] == pytest.approx(1, abs=1e-12)
     assert 0 <= result["conflict_rate"] <= 1
     cost = json.loads((original / "runs/pcgrad/seed-1/result.json").read_text())["cost"]
     assert cost["step_ms"] > 0
@@ -222,7 +222,7 @@ def test_a_job_resumed_from_its_checkpoint_is_the_uninterrupted_one_bit_for_bit(
     clock = SimpleNamespace(monotonic=itertools.count(0, 10).__next__, process_time=time.process_time)
     monkeypatch.setattr(runner, "time", clock)
     task = "sign" if label == "single" else None
-    job = Job(str(TINY), label, task, 3, load_problem(str(TINY)).settings)
+    job = Job(str(TINY), label, task, 3, {**load_problem(str(TINY)).settings, "epochs": 5})
     train(job, tmp_path / "whole")
     train(job, tmp_path / "parts", stop_at=0.7)
     assert not results(tmp_path / "parts")
@@ -234,8 +234,9 @@ def test_a_job_resumed_from_its_checkpoint_is_the_uninterrupted_one_bit_for_bit(
 
 
 @linux
-def test_killed_again_and_again_the_same_command_ends_with_the_same_tables(tmp_path):
-    options = ("--methods", "pcgrad,connection_strength", "--seeds", "1", "--epochs", "30")
+@pytest.mark.slow
+def test_killed_again_and_again_the_same_command_ends_with_the_same_tables(original, tmp_path):
+    options = ("--methods", METHODS, "--seeds", "2")
     out = tmp_path / "killed"
 
     def finished_runs() -> list[Path]:
@@ -259,17 +260,15 @@ def test_killed_again_and_again_the_same_command_ends_with_the_same_tables(tmp_p
             assert workers
             until(lambda: not any(map(alive, workers)), "the workers of the killed process die")  # noqa: B023
         kept = {path: path.stat().st_mtime_ns for path in finished_runs()}
-        assert len(kept) < 5
+        assert len(kept) < 10
     assert kept
     assert len(torch.load(checkpoints()[0], weights_only=True)["history"]) > 0
     resumed = run("compare", TINY, *options, "--out", out)
     assert resumed.code == 0, resumed.text
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    whole = run("compare", TINY, *options, "--out", tmp_path / "whole")
-    assert whole.code == 0, whole.text
-    assert (out / "results.csv").read_bytes() == (tmp_path / "whole/results.csv").read_bytes()
-    assert (out / "results.md").read_bytes() == (tmp_path / "whole/results.md").read_bytes()
-    assert results(out) == results(tmp_path / "whole")
+    for name in ("results.csv", "results.md", "results.tex"):
+        assert (out / name).read_bytes() == (original / name).read_bytes()
+    assert results(out) == results(original)
     assert not checkpoints()
 
 
@@ -289,7 +288,7 @@ def test_while_one_process_works_in_a_directory_another_one_is_sent_away(tmp_pat
 @linux
 def test_interrupting_with_control_c_ends_quickly_without_tracebacks_and_can_be_continued(tmp_path):
     out = tmp_path / "out"
-    options = ("--methods", "gd", "--seeds", "3", "--epochs", "60")
+    options = ("--methods", "gd", "--seeds", "6", "--epochs", "60")  # takes a minute
     with started(out, *options) as process:
         until(lambda: list(out.glob("runs/*/*/checkpoint.pt")), "a checkpoint is there", process)
         workers = children(process.pid)
@@ -298,7 +297,7 @@ def test_interrupting_with_control_c_ends_quickly_without_tracebacks_and_can_be_
         until(lambda: not any(map(alive, workers)), "the workers end")
     assert process.returncode not in (0, 2)
     assert "Traceback" not in text
-    assert len(list(out.glob("runs/*/*/result.json"))) < 9
+    assert len(list(out.glob("runs/*/*/result.json"))) < 18
 
 
 def test_unusable_checkpoints_end_their_jobs_alone(original, finished):
@@ -347,7 +346,7 @@ def test_a_finished_comparison_is_shown_again_without_training(original, finishe
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--epochs", "9"), "settings was epochs = 8 and is now 9"),
+        (("--epochs", "9"), "settings was epochs = 30 and is now 9"),
         (("--lr", "0.5"), "lr = 0.01 and is now 0.5"),
         (("--batch-size", "8", "--seeds", "5"), "batch_size = 16 and is now 8"),
     ],
@@ -379,7 +378,8 @@ def test_methods_and_seeds_may_be_added_and_finished_runs_are_kept(finished):
     rows = set((finished / "results.csv").read_text().splitlines())
     outcome = compare(finished, TINY, "gd", 3)
     assert outcome.code == 0, outcome.text
-    assert "runs are not finished (connection_strength seed 2" in outcome.text
+    assert "2 of 15 runs are not finished (" in outcome.text
+    assert "connection_strength seed 2" in outcome.text
     outcome = compare(finished, TINY, "mgda," + METHODS, 1)
     assert outcome.code == 0, outcome.text
     after = snapshot(finished)
@@ -416,7 +416,7 @@ def test_a_loss_that_is_not_finite_ends_its_run_alone(tmp_path):
     assert "Lower the learning rate" in line
     names = {content["label"] for content in results(tmp_path / "out").values()}
     assert names == {"single", "gd", "mgda"}
-    assert f"1 of 5 runs are not finished ({bad}".replace("1e+30", "1e30")[:30] in outcome.text
+    assert f"1 of 5 runs are not finished ({bad} seed 0" in outcome.text
     assert (tmp_path / "out/results.csv").exists()
 
 
@@ -425,10 +425,9 @@ def test_a_loss_that_is_not_finite_ends_its_run_alone(tmp_path):
     [
         ("x, total, sign = batch", "x, total = batch", "too many values to unpack"),
         ('"test": slice', '"extra": slice', "'test' is missing"),
-        ('["sign"]["accuracy"] =', '["sign"]["acc"] =', "did not return 'accuracy' for task 'sign'"),
     ],
 )
-def test_when_every_run_with_a_task_fails_the_reason_is_shown(tmp_path, old, new, message):
+def test_when_every_run_fails_the_reason_is_shown(tmp_path, old, new, message):
     problem = tmp_path / "broken.py"
     assert old in TINY.read_text()
     problem.write_text(TINY.read_text().replace(old, new))
@@ -449,4 +448,4 @@ def test_a_metric_that_is_never_finite_is_said_and_does_not_block_the_tables(tmp
 def test_a_batch_larger_than_the_training_split_is_an_error_not_a_run_without_steps(tmp_path):
     outcome = compare(tmp_path / "out", TINY, "gd", 1, "--batch-size", "49")
     assert outcome.code in (1, 2)
-    assert "batch" in tidy(outcome)
+    assert "batch_size" in tidy(outcome)  # not the --batch-size of the repeated command

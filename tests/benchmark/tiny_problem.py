@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 tasks = {"sum": {"mse": "min"}, "sign": {"accuracy": "max", "mse": "min"}}
-settings = {"epochs": 8, "batch_size": 16, "lr": 1e-2, "probe_every": 2}
+settings = {"epochs": 30, "batch_size": 16, "lr": 1e-2, "probe_every": 2}
 
 
 class Net(nn.Module):

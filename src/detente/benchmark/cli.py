@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import os
 import shlex
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +20,7 @@ try:
     from filelock import FileLock, Timeout
     from rich.console import Console, Group
     from rich.live import Live
+    from rich.markup import escape
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -85,7 +90,8 @@ class _Monitor:
             self.finished += 1
             if not console.is_terminal:
                 state = "failed" if event.error else event.text or "done"
-                console.print(f"[{self.finished}/{self.bar.tasks[0].total:.0f}] {name}: {state}", highlight=False)
+                total = self.bar.tasks[0].total
+                console.print(f"[{self.finished}/{total:.0f}] {name}: {state}", highlight=False, markup=False)
         else:
             self.running[name] = event
         self.bar.update(self.total, completed=self.finished + sum(e.fraction for e in self.running.values()))
@@ -99,11 +105,22 @@ def _settings(problem: Problem, given: dict[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"problem {problem.name!r} has no setting {key!r}; it has {', '.join(settings)}.")
             if key == "seeds":
                 raise ValueError("the number of seeds is not one of the settings; use --seeds.")
-            if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-                raise ValueError(f"{key} must be a positive number; got {value!r}.")
-            settings[key] = value
+            settings[key] = _positive(key, value, whole=isinstance(settings[key], int))
     settings.pop("seeds", None)
     return settings
+
+
+def _positive(key: str, value: Any, *, whole: bool) -> int | float:
+    """A positive number; YAML reads 1e-3 as text, so text that is a number will do."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    kind = "positive whole number" if whole else "positive number"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{key} must be a {kind}; got {value!r}.")
+    if whole and value != int(value):
+        raise ValueError(f"{key} must be a {kind}; got {value!r}.")
+    return int(value) if whole else float(value)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -118,8 +135,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid YAML{place}: {getattr(error, 'problem', error)}.") from error
     known = {"problem", "methods", "seeds", "jobs", "out", "settings"}
     if not isinstance(content, dict) or not set(content) <= known:
-        got = sorted(set(content) - known) if isinstance(content, dict) else type(content).__name__
+        got = sorted(map(str, set(content) - known)) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path} must be a mapping with the keys {', '.join(sorted(known))}; got {got}.")
+    if not isinstance(content.get("out", ""), str):
+        raise ValueError(f"{path}: out must be the name of a directory; got {content['out']!r}.")
     if not isinstance(content.get("settings", {}), dict):
         raise ValueError(f"{path}: settings must be a mapping such as {{epochs: 10}}.")
     return content
@@ -138,7 +157,7 @@ def compare(
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the comparison. Default: runs/PROBLEM.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = 2,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes, one thread each. Default: 2.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with problem, methods, seeds, settings.")] = None,
 ) -> None:
     """Train single-task baselines and every method, and say whether resolving conflicts helps.
@@ -151,75 +170,89 @@ def compare(
         raise ValueError("which problem? Give a name or the path of a problem file; `detente problems` lists them.")
     loaded = load_problem(str(source))
     given: dict[str, Any] = {"epochs": epochs, "steps": steps, "batch_size": batch_size, "lr": lr}
-    settings = _settings(
-        loaded, {**written.get("settings", {}), **{k: v for k, v in given.items() if v is not None}}
-    )
+    settings = _settings(loaded, {**written.get("settings", {}), **{k: v for k, v in given.items() if v is not None}})
     listed = written.get("methods")
     wanted = methods or (",".join(map(str, listed)) if isinstance(listed, list) else listed)
     specs = parse_methods(str(wanted or getattr(loaded.module, "methods", DEFAULT_METHODS)))
-    count = seeds or written.get("seeds") or loaded.settings.get("seeds", 3)
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"seeds must be a positive whole number; got {count!r}.")
+    if loaded.whole and (seeds or "seeds" in written):
+        raise ValueError(f"problem {loaded.name!r} runs a fixed set of starts; leave out seeds.")
+    count = _positive("seeds", seeds or written.get("seeds", loaded.module.settings.get("seeds", 3)), whole=True)
+    processes = _positive("jobs", jobs or written.get("jobs", 2), whole=True)
     root = out or Path(written.get("out", f"runs/{loaded.name}"))
     command = "detente " + shlex.join(sys.argv[1:])
     started = time.monotonic()
-    failures = _compare(loaded, specs, range(count), settings, root, jobs, command)
-    _show(root)
+    try:
+        failures = _compare(loaded, specs, range(int(count)), settings, root, int(processes), command)
+    except KeyboardInterrupt:
+        console.print("Interrupted. The same command goes on where this one stopped.")
+        sys.stdout.flush()
+        os._exit(130)  # without waiting for the workers, which end when they see their parent gone
+    for name, message in failures.items():
+        console.print(f"[red]failed[/red] {escape(name)}: {escape(message)}", highlight=False, soft_wrap=True)
+    if any(root.glob("runs/*/seed-*/result.json")):
+        _show(root)
     console.print(f"Took {time.monotonic() - started:.0f} s.")
     if failures:
-        for name, message in failures.items():
-            console.print(f"[red]failed[/red] {name}: {message}", highlight=False, soft_wrap=True)
-        console.print("The same command runs the failed ones again; the others are kept.")
+        console.print(f"{len(failures)} runs failed, see above. The same command runs them again; the others are kept.")
         raise typer.Exit(1)
 
 
 def _compare(
     problem: Problem, specs: list[Spec], seeds: range, settings: dict[str, Any], root: Path, jobs: int, command: str
 ) -> dict[str, str]:
-    prepare(root, problem, specs, seeds, settings, command)
-    lock = FileLock(root / ".lock")
+    if hasattr(problem.module, "check"):
+        problem.module.check(specs)
     try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(root / ".lock")
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(
             f"another detente process is working in {root}. Wait for it, or choose another --out."
         ) from None
+    except OSError as error:
+        raise OSError(f"cannot write to {root}: {error.strerror}. Choose another --out.") from error
     with lock:
-        if problem.whole is not None:
-            monitor = _Monitor(problem.name, 1)
-            with Live(monitor, console=console, refresh_per_second=4, transient=True):
-                problem.whole(specs, settings, root, monitor)
-            return {}
-        todo = jobs_of(problem, specs, seeds, settings)
-        monitor = _Monitor(problem.name, len(todo))
+        prepare(root, problem, specs, seeds, settings, command)
+        todo = [] if problem.whole else jobs_of(problem, specs, seeds, settings)
+        monitor = _Monitor(problem.name, len(todo) or 1)
         with Live(monitor, console=console, refresh_per_second=4, transient=True):
+            if problem.whole:
+                problem.whole(specs, settings, root, monitor)
+                return {}
             return run_jobs(todo, root, jobs, monitor)
 
 
 def _show(root: Path) -> None:
     """Print the tables and write every form of them, and the report."""
     comparison = load_comparison(root)
-    module = load_problem(comparison.config["source"]).module
+    hooks = _hooks(comparison.config)
     results = [json.loads(job.path.read_text()) for job in comparison.jobs]
-    if hasattr(module, "report"):
-        module.report(results, root)
+    if hasattr(hooks, "report"):
+        hooks.report(results, root)
     grids = {"results": tables.result_grid(comparison), "cost": tables.cost_grid(comparison)}
     for name, grid in grids.items():
         (root / f"{name}.md").write_text(tables.markdown(grid))
         (root / f"{name}.tex").write_text(tables.latex(grid))
     (root / "results.csv").write_text(tables.results_csv(comparison))
     (root / "cost.csv").write_text(tables.cost_csv(comparison))
-    headline = module.verdict(results) if hasattr(module, "verdict") else verdict(comparison)
+    headline = hooks.verdict(results) if hasattr(hooks, "verdict") else verdict(comparison)
     report = write_report(comparison, root, headline)
-    for table in [*tables.result_tables(comparison, console.width), tables.cost_table(comparison)]:
+    shown = [*tables.result_tables(comparison, console.width), tables.cost_table(comparison)]
+    for table in [*shown, *(hooks.summary(results) if hasattr(hooks, "summary") else [])]:
         console.print(table)
-    for table in module.summary(results) if hasattr(module, "summary") else []:
-        console.print(table)
-    console.print(headline, soft_wrap=True, highlight=False)
-    for note in comparison.notes:
-        console.print(f"Note: {note}", soft_wrap=True, highlight=False)
-    console.print(f"Tables: {root}/results.csv, .md, .tex; {root}/cost.csv, .md, .tex", highlight=False, soft_wrap=True)
-    console.print(f"Report: {report.resolve()}", highlight=False, soft_wrap=True)
+    for line in [headline, *(f"Note: {note}" for note in comparison.notes)]:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    console.print(f"Tables: {root}/results.csv, .md, .tex; {root}/cost.csv, .md, .tex", soft_wrap=True, markup=False)
+    console.print(f"Report: {report.resolve()}", soft_wrap=True, markup=False)
+
+
+def _hooks(config: Mapping[str, Any]) -> Any:
+    """The problem's module; None where a user's file has gone since, for the results can be shown without it."""
+    try:
+        return load_problem(config.get("source", config["problem"])).module
+    except (ValueError, FileNotFoundError):
+        return None
 
 
 @app.command()
@@ -255,7 +288,7 @@ def problems() -> None:
 def main() -> None:
     """Entry point: known errors are one line, not a traceback."""
     try:
-        app(standalone_mode=True)
+        app()
     except (ValueError, OSError, ImportError) as error:
-        Console(stderr=True).print(f"[red]Error:[/red] {error}", highlight=False, soft_wrap=True, markup=True)
+        Console(stderr=True).print(f"[red]Error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from None

@@ -10,7 +10,8 @@ A problem is a module with these names::
     def make_data():                       # {"train": Dataset, "val": Dataset, "test": Dataset}, always the same split
     def make_model(tasks):                 # an nn.Module for these tasks; one task is the single-task baseline
     def losses(model, batch, tasks):       # {task: scalar loss} for the named tasks, from one forward pass
-    def metrics(model, data, tasks):       # {task: {metric: number}}; called in eval mode without gradients
+    def metrics(model, data, tasks):       # {task: {metric: number}}; called in eval mode, without gradients;
+                                           # figures are compared by ratio: let them be positive
 
 and optionally::
 
@@ -19,8 +20,10 @@ and optionally::
                                            # a task may declare a metric "epochs": how many that took
     def summary(results):                  # rich tables to print below the others; results: the runs' result.json
     def verdict(results):                  # the sentence that sums up; default: each method against equal weights
+    def check(specs):                      # raise where a method does not apply
     def report(results, directory):        # draw figures into directory/figures, which the report shows
 
+Draw random numbers from the global generators of torch, numpy or random: they are seeded for every run, and saved.
 Trunks with BatchNorm or LayerNorm can be trained by connection strength, which gives every task its own norms.
 """
 
@@ -153,7 +156,10 @@ def load_problem(source: str) -> Problem:
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise ValueError(f"problem file {source!r} cannot be run: {type(error).__name__}: {error}") from error
         source = str(path)
     else:
         known = list_problems()
@@ -168,7 +174,7 @@ def load_problem(source: str) -> Problem:
     if missing and not hasattr(module, "compare"):
         raise ValueError(
             f"problem file {source!r} does not define {', '.join(missing)}. A problem needs {', '.join(REQUIRED)}; "
-            "see `detente problems --help`."
+            "see examples/own_problem.py or help('detente.benchmark.problem')."
         )
     tasks = {task: dict(metrics) for task, metrics in module.tasks.items()}
     for task, metrics in tasks.items():

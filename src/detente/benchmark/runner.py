@@ -16,6 +16,8 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import platform
+import random
+import signal
 import statistics
 import sys
 import threading
@@ -28,9 +30,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Subset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
 import detente
 from detente.benchmark.problem import Problem, load_problem
@@ -109,11 +112,10 @@ def jobs_of(problem: Problem, specs: Sequence[Spec], seeds: Iterable[int], setti
 def prepare(
     root: Path, problem: Problem, specs: Sequence[Spec], seeds: Sequence[int], settings: dict[str, Any], command: str
 ) -> dict[str, Any]:
-    """Create the directory, or check that the comparison it holds is this one; methods and seeds may be added.
+    """Write down what is asked for, or check that the directory holds this comparison; methods and seeds may be added.
 
     Raises:
         ValueError: the directory holds another comparison.
-        OSError: it cannot be written.
     """
     content: dict[str, Any] = {
         "problem": problem.name,
@@ -131,13 +133,6 @@ def prepare(
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         },
     }
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        probe = root / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"cannot write to {root}: {error.strerror}. Choose another --out.") from error
     if (root / "comparison.json").exists():
         before = read_config(root / "comparison.json")
         for key in ("problem", "digest", "settings"):
@@ -171,6 +166,11 @@ def _loaded(source: str) -> tuple[Problem, dict[str, Dataset[Any]]]:
 
 
 def _batches(data: Dataset[Any], size: int, generator: torch.Generator) -> DataLoader[Any]:
+    if len(data) < size:  # type: ignore[arg-type]
+        raise ValueError(
+            f"batch_size is {size} but the training split has {len(data)} samples. "  # type: ignore[arg-type]
+            "Lower batch_size."
+        )
     sampler = RandomSampler(data, generator=generator)  # type: ignore[arg-type]
     if isinstance(data, TensorDataset):  # one index operation per batch instead of one per sample
         return DataLoader(data, sampler=BatchSampler(sampler, size, drop_last=True), batch_size=None)
@@ -245,6 +245,33 @@ def _evaluate(
         model.train(was_training)
 
 
+def _random_state() -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    assert isinstance(keys, np.ndarray)
+    return {"torch": torch.get_rng_state(), "numpy": [str(name), keys.tolist(), *rest], "python": random.getstate()}
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
+    random.setstate(state["python"])
+
+
+def describe(error: BaseException) -> str:
+    """Type and first line of an error."""
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+
+
+def _plain(content: Any) -> Any:
+    """The same with None for numbers that JSON does not have."""
+    if isinstance(content, dict):
+        return {key: _plain(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_plain(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 class _Training:
     """The state of one job between epochs: everything that a checkpoint holds."""
 
@@ -253,6 +280,8 @@ class _Training:
         self.problem, self.data = _loaded(job.problem)
         self.tasks = tuple(self.problem.tasks) if job.task is None else (job.task,)
         torch.manual_seed(job.seed)
+        np.random.seed(job.seed)  # noqa: NPY002
+        random.seed(job.seed)
         self.model = self.problem.make_model(self.tasks)
         spec = Spec.parse("gd" if job.task is not None else job.label)
         self.per_task = "model" in method_class(spec.method).needs
@@ -280,7 +309,7 @@ class _Training:
                 "optimizer": self.optimizer.state_dict(),
                 "method": self.method.state_dict(),
                 "generator": self.generator.get_state(),
-                "random": torch.get_rng_state(),
+                "random": _random_state(),
                 "history": self.history,
                 "best": self.best,
                 "reached": self.reached,
@@ -301,12 +330,12 @@ class _Training:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.method.load_state_dict(saved["method"])
             self.generator.set_state(saved["generator"])
-            torch.set_rng_state(saved["random"])
+            _set_random_state(saved["random"])
             for key in ("history", "best", "reached", "step_times", "peak_mb", "first_figures"):
                 setattr(self, key, saved[key])
         except Exception as error:
             raise ValueError(
-                f"the checkpoint {path} cannot be used ({type(error).__name__}: {str(error).splitlines()[0]}). "
+                f"the checkpoint {path} cannot be used ({describe(error)}). "
                 "Delete this file to train the run from its start; finished runs are not touched."
             ) from error
 
@@ -337,13 +366,13 @@ class _Training:
 
     def warm_up(self) -> None:
         """One backward pass on a copy, so that one-time allocations of the libraries do not count as the job's."""
-        random = torch.get_rng_state()
+        before = _random_state()
         batch = next(iter(_batches(self.data["train"], self.job.settings["batch_size"], torch.Generator())))
         model = copy.deepcopy(self.model)
         for task in self.tasks:
             with active_task(task):
                 self.problem.losses(model, batch, (task,))[task].backward()  # type: ignore[no-untyped-call]
-        torch.set_rng_state(random)
+        _set_random_state(before)
 
     def run_epoch(self, progress: Callable[[float, str], None]) -> None:
         settings = self.job.settings
@@ -375,22 +404,19 @@ class _Training:
         self.history.append(row)
         self._reach(row["val"])
         score = _score(self.problem, row["val"])
-        if score > self.best["score"]:
+        if score > self.best["score"] or not self.best["metrics"]:
             test = _evaluate(self.problem, self.model, self.data["test"], self.tasks, self.per_task)
-            self.best = {"score": score, "epoch": self.epoch, "metrics": test}
+            self.best = {"score": score if math.isfinite(score) else -math.inf, "epoch": self.epoch, "metrics": test}
         self.step_times = self.step_times[-2000:]
 
     def _observe_metrics(self) -> None:
-        """Report each task's first figure on a fixed part of the TRAINING data, brought into (0, 1), to the method."""
-        train = self.data["train"]
-        size = min(len(train), 256)  # type: ignore[arg-type]
-        figures = _evaluate(self.problem, self.model, Subset(train, range(size)), self.tasks, self.per_task)
+        """Report each task's first figure on the TRAINING data, brought into (0, 1), to the method."""
+        figures = _evaluate(self.problem, self.model, self.data["train"], self.tasks, self.per_task)
         self.first_figures = self.first_figures or figures
         report = {}
         for task in self.tasks:
-            metric, direction = next(iter(self.problem.tasks[task].items()))
-            value = figures[task][metric]
-            if direction == "max":
+            metric, value = next(iter(figures[task].items()))
+            if self.problem.tasks[task][metric] == "max":
                 report[task] = min(max(value, 0.0), 1.0)
             else:
                 start = self.first_figures[task][metric]
@@ -501,8 +527,9 @@ def _run(job: Job, root: Path, progress: Progress) -> None:
                 saved = time.monotonic()
             say(training.epoch / job.settings["epochs"], training._line())
     training.peak_mb = max(training.peak_mb, memory.peak_mb)
-    write_json(directory / "result.json", training.result())
-    checkpoint.unlink(missing_ok=True)
+    write_json(directory / "result.json", _plain(training.result()))
+    for leftover in (checkpoint, directory / "error.txt"):
+        leftover.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -516,6 +543,7 @@ def _start_worker(queue: Any) -> None:
     global _queue
     _queue = queue
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; see the watch below
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -533,7 +561,7 @@ def _work(job: Job, root: Path) -> str | None:
     except Exception as error:
         trace = traceback.format_exc()
         (job.directory(root) / "error.txt").write_text(trace)
-        return f"{type(error).__name__}: {error}"
+        return ": ".join([type(error).__name__, *([str(error)] if str(error) else [])])
     return None
 
 
@@ -554,9 +582,10 @@ def run_jobs(jobs: Sequence[Job], root: Path, processes: int, progress: Progress
         return errors
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    with ProcessPoolExecutor(
+    pool = ProcessPoolExecutor(
         min(processes, len(pending)), mp_context=context, initializer=_start_worker, initargs=(queue,)
-    ) as pool:
+    )
+    try:
         futures: dict[Future[str | None], Job] = {pool.submit(_work, job, root): job for job in pending}
         waiting = set(futures)
         while waiting:
@@ -566,10 +595,13 @@ def run_jobs(jobs: Sequence[Job], root: Path, processes: int, progress: Progress
             for future in done:
                 job = futures[future]
                 failure = future.exception()
-                error = f"{type(failure).__name__}: {failure}" if failure else future.result()
+                error = describe(failure) if failure else future.result()
                 if error is not None:
                     errors[f"{job.name} seed {job.seed}"] = error
                 progress(Event(job.name, job.seed, 1.0, "" if error is None else "failed", error))
+    finally:
+        # after an interrupt nothing that still waits is begun
+        pool.shutdown(wait=False, cancel_futures=True)
     return errors
 
 

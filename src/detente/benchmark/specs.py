@@ -9,7 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from detente.method import GramianMethod, LossWeighting, Method, get_method, list_methods, method_class
+from detente.method import (
+    GramianMethod,
+    LossWeighting,
+    Method,
+    check_options,
+    get_method,
+    list_methods,
+    method_class,
+)
 
 __all__ = ["Spec", "parse_methods"]
 
@@ -35,9 +43,16 @@ class Spec:
         """
         node = _parse(text)
         method = method_class(_name(node, text)).name
-        options = ", ".join(ast.unparse(k) for k in node.keywords) if isinstance(node, ast.Call) else ""
+        keywords = _keywords(node, text)
+        options = ", ".join(f"{key}={ast.unparse(value)}" for key, value in keywords.items())
         spec = cls(f"{method}({options})" if options else method, method)
-        if "model" not in method_class(method).needs:
+        if "model" in method_class(method).needs:
+            # it cannot be built before there is a model
+            try:
+                check_options(method_class(method), keywords)
+            except TypeError as error:
+                raise ValueError(str(error)) from error
+        else:
             spec.build()
         return spec
 
@@ -48,8 +63,8 @@ class Spec:
             extra = {"model": model, "epochs": epochs}
         try:
             return _build(_parse(self.label), self.label, extra, seed)
-        except TypeError as error:
-            raise ValueError(str(error)) from error
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(f"{self.label}: {error}") from error
 
 
 def parse_methods(text: str) -> list[Spec]:
@@ -68,10 +83,11 @@ def parse_methods(text: str) -> list[Spec]:
 
 
 def _parse(text: str) -> ast.expr:
-    name = re.match(r"\s*[\w-]+", text)
-    dashless = name.group().strip().replace("-", "_") + text[name.end() :] if name else text
+    text = re.sub(r"^\s*[\w-]+", lambda name: name.group().strip().replace("-", "_"), text)
+    for name in list_methods():  # nested ones
+        text = text.replace(name.replace("_", "-"), name)
     try:
-        return ast.parse(dashless, mode="eval").body
+        return ast.parse(text.strip(), mode="eval").body
     except SyntaxError:
         raise ValueError(f"cannot read the method {text!r}; write it as cagrad or 'cagrad(c=0.8)'.") from None
 
@@ -83,22 +99,31 @@ def _name(node: ast.expr, text: str) -> str:
     return func.id
 
 
+def _keywords(node: ast.expr, text: str) -> dict[str, ast.expr]:
+    """Options of a method, each named once."""
+    if not isinstance(node, ast.Call):
+        return {}
+    keywords: dict[str, ast.expr] = {}
+    for keyword in node.keywords:
+        if keyword.arg is None or keyword.arg in keywords:
+            raise ValueError(f"{text!r}: name every option once, as in {_name(node, text)}(option=value).")
+        keywords[keyword.arg] = keyword.value
+    if node.args:
+        raise ValueError(f"{text!r}: name every option, as in {_name(node, text)}(option=value).")
+    return keywords
+
+
 def _build(node: ast.expr, text: str, extra: dict[str, Any], seed: int) -> Method:
     name = _name(node, text)
     options = dict(extra)
-    if isinstance(node, ast.Call):
-        if node.args:
-            raise ValueError(f"{text!r}: name every option, as in {name}(option=value).")
-        for keyword in node.keywords:
-            assert keyword.arg is not None
-            value = keyword.value
-            if isinstance(value, ast.Call) or (isinstance(value, ast.Name) and value.id in list_methods()):
-                options[keyword.arg] = _build(value, text, {}, seed)
-            else:
-                try:
-                    options[keyword.arg] = ast.literal_eval(value)
-                except ValueError:
-                    raise ValueError(f"{text!r}: cannot read the value of {keyword.arg}; quote strings.") from None
+    for key, value in _keywords(node, text).items():
+        if isinstance(value, ast.Call) or (isinstance(value, ast.Name) and value.id in list_methods()):
+            options[key] = _build(value, text, {}, seed)
+        else:
+            try:
+                options[key] = ast.literal_eval(value)
+            except ValueError:
+                raise ValueError(f"{text!r}: cannot read the value of {key}; quote strings.") from None
     if method_class(name).stochastic:
         options.setdefault("seed", seed)
     method = get_method(name, **options)

@@ -85,7 +85,6 @@ class CAGrad(GramianMethod):
         if context.shares is None:
             self.preference.check(context)
 
-
     def sampling_shares(self, context: Context) -> Tensor:
         self.preference.check(context)
         shares: Tensor = self.preference(context)

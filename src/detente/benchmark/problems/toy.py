@@ -25,9 +25,9 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
-from detente.benchmark.runner import Event, Job, write_json
+from detente.benchmark.runner import Event, Job, describe, write_json
 from detente.benchmark.specs import Spec
-from detente.method import Context, GramianMethod, LossWeighting, Method
+from detente.method import Context, GramianMethod, LossWeighting, Method, method_class
 
 Array = NDArray[np.float64]
 
@@ -84,6 +84,19 @@ def outcome(x: Array) -> str:
     return "stuck" if x[1] > 0 else "under way"
 
 
+def check(specs: Sequence[Spec]) -> None:
+    """Raise where a method needs more than gradients: the losses are negative, and there is no model."""
+    for spec in specs:
+        needs = method_class(spec.method).needs
+        if not needs - {"gramian"}:
+            needs = spec.build().needs
+        if needs - {"gramian"}:
+            raise ValueError(
+                f"{spec.label} needs {', '.join(sorted(needs - {'gramian'}))}, which the toy does not have (its losses "
+                "are negative). Leave it out of --methods."
+            )
+
+
 def compare(
     specs: Sequence[Spec], settings: dict[str, Any], directory: Path, progress: Callable[[Event], None]
 ) -> None:
@@ -91,13 +104,8 @@ def compare(
     jobs = [[Job("toy", spec.label, None, k, settings) for k in range(len(STARTS))] for spec in specs]
     if all((job.directory(directory) / "result.json").exists() for row in jobs for job in row):
         return
-    trained: list[Method] = [spec.build() for spec in specs]
-    for spec, method in zip(specs, trained, strict=True):
-        if method.needs - {"gramian"}:
-            raise ValueError(
-                f"{spec.label} needs {', '.join(sorted(method.needs - {'gramian'}))}, which the toy does not have (its "
-                "losses are negative). Leave it out of --methods."
-            )
+    check(specs)
+    trained = [spec.build() for spec in specs]
     state = _State(len(specs), settings)
     checkpoint = directory / "checkpoint.pt"
     labels = [spec.label for spec in specs]
@@ -178,7 +186,7 @@ class _State:
             self.conflicts, self.milliseconds = saved["conflicts"], saved["milliseconds"]
         except Exception as error:
             raise ValueError(
-                f"the checkpoint {path} cannot be used ({type(error).__name__}: {str(error).splitlines()[0]}). "
+                f"the checkpoint {path} cannot be used ({describe(error)}). "
                 "Delete this file to start the toy again; finished runs are not touched."
             ) from error
 
@@ -238,7 +246,7 @@ def _paths(results: Sequence[dict[str, Any]]) -> dict[str, list[Array]]:
 def summary(results: Sequence[dict[str, Any]]) -> list[Table]:
     """End points of every method from every start."""
     table = Table(title="toy: where each start ended (front: its first coordinate)", box=box.SIMPLE_HEAD)
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
     for start in STARTS:
         table.add_column(f"{start[0]:g}, {start[1]:g}")
     for label, paths in _paths(results).items():
@@ -257,7 +265,7 @@ def verdict(results: Sequence[dict[str, Any]]) -> str:
     for label, found in reached.items():
         if "stuck" in found:
             parts.append(f"{label} is stuck at the ridge from {found.count('stuck')}")
-    on_front = [label for label, found in reached.items() if set(found) == {"optimum", "front"}]
+    on_front = [label for label, found in reached.items() if "front" in found and set(found) <= {"optimum", "front"}]
     if on_front:
         parts.append(f"{', '.join(on_front)} ended on the Pareto front, at points that depend on the start")
     text = "; ".join(parts) or "No method has reached the optimum or the Pareto front from all starts"
@@ -272,6 +280,7 @@ def _words(x: Array) -> str:
 
 def report(results: Sequence[dict[str, Any]], directory: Path) -> None:
     """Draw the trajectories over the contours of the mean loss, and write the end points to ``points.csv``."""
+    import matplotlib
     from matplotlib.figure import Figure
 
     paths = _paths(results)
@@ -299,12 +308,16 @@ def report(results: Sequence[dict[str, Any]], directory: Path) -> None:
             ax.plot(*path[-1], "s", color="#d55e00", markeredgecolor="black", markersize=6)
         ax.plot(*OPTIMUM, "*", color="#f0e442", markeredgecolor="black", markersize=12)
         reached = [outcome(path[-1]) for path in found]
-        ax.set_title(f"{label}\noptimum {reached.count('optimum')}, front {reached.count('front')}, "
-                     f"stuck {reached.count('stuck')}", fontsize=10)
+        ax.set_title(
+            f"{label}\noptimum {reached.count('optimum')}, front {reached.count('front')}, "
+            f"stuck {reached.count('stuck')}",
+            fontsize=10,
+        )
         ax.set_xlim(-11, 11)
         ax.set_ylim(-11, 11)
         ax.set_aspect("equal")
     figures = directory / "figures"
     figures.mkdir(exist_ok=True)
     caption = "Trajectories from five starts (dots) over the mean loss; star: optimum, grey bar: Pareto set"
-    figure.savefig(figures / f"{caption}.svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": "detente"}):  # the same file every time
+        figure.savefig(figures / f"{caption}.svg", metadata={"Date": None})

@@ -1,0 +1,51 @@
+"""What the documents promise runs, and what is generated is fresh."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"line {block.count(chr(10))}")
+# LazyLinear announces that it is experimental
+@pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
+def test_readme_blocks_run(block, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_there_are_readme_blocks():
+    assert len(BLOCKS) >= 2
+
+
+@pytest.mark.parametrize("document", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"])
+def test_linked_files_exist(document):
+    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / document).read_text()):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+
+
+def test_generated_files_are_fresh():
+    found = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/generate.py"), "--check"], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
+
+
+def test_example_problem_trains(tmp_path):
+    from detente.benchmark.problem import load_problem
+    from detente.benchmark.runner import Job, jobs_of, run_jobs
+    from detente.benchmark.specs import parse_methods
+
+    problem = load_problem(str(ROOT / "examples/own_problem.py"))
+    jobs = jobs_of(problem, parse_methods("cagrad,connection_strength"), [0], {**problem.settings, "epochs": 1})
+    assert all(isinstance(job, Job) for job in jobs)
+    assert run_jobs(jobs, tmp_path, 1, lambda event: None) == {}
+    assert len(list(tmp_path.glob("runs/*/seed-0/result.json"))) == 2 + 3
