@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -46,8 +47,7 @@ def refused(*arguments: str | Path) -> str:
     outcome = run(*arguments)
     assert outcome.code == 2
     assert outcome.out == ""
-    assert outcome.err.startswith("Error:")
-    assert len(outcome.err.splitlines()) == 1
+    assert len(re.findall(r"^(?:Error:|╭─ Error)", outcome.err, re.MULTILINE)) == 1
     assert "Traceback" not in outcome.err
     return " ".join(outcome.err.split())
 
