@@ -166,6 +166,7 @@ def test_verdict_does_not_see_what_is_not_there(tmp_path):
     ("options", "expected"),
     [
         ({"seeds": (0,)}, "One seed cannot tell"),
+        ({"seeds": (0, 1)}, "Two seeds cannot tell"),
         ({"methods": ("pcgrad", "cdtt")}, "no run with equal weights"),
         ({"methods": ("gd",)}, "only method here"),
     ],

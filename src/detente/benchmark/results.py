@@ -292,8 +292,9 @@ def verdict(comparison: Comparison) -> str:
         return "There is no single-task baseline, so delta-m is absent and no method can be judged by it."
     if all(row.label in (EQUAL, SINGLE) for row in comparison.rows):
         return "Equal weights is the only method here, so there is nothing to lay beside it."
-    if n < 2:
-        return "One seed cannot tell a method from equal weights: run the comparison again with three seeds or more."
+    if n < 3:  # a t-test on two differences that happen to be alike is sure of anything
+        few = "One seed" if n == 1 else "Two seeds"
+        return f"{few} cannot tell a method from equal weights: run the comparison again with three seeds or more."
     found = differences(comparison)
     if not found:
         return "No method shares two or more usable seeds with equal weights, so none can be judged."
