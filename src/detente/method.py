@@ -14,12 +14,14 @@ import math
 import pkgutil
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, ClassVar, Literal, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from detente.gramian import Partition
@@ -245,6 +247,17 @@ class GramianMethod(Method):
     @abstractmethod
     def rule(self, gramian: Tensor, context: Context) -> Tensor:
         """Coefficients ``[B, T]`` from finite float64 CPU Gramians ``[B, T, T]``."""
+
+    def per_block(
+        self,
+        solve: Callable[[NDArray[np.float64]], tuple[NDArray[np.float64], bool]],
+        gramian: Tensor,
+        context: Context,
+    ) -> Tensor:
+        """Coefficients ``[B, T]`` from a solver of one ``[T, T]`` block that says whether it was exact."""
+        solved = [solve(block) for block in gramian.numpy()]
+        warn_unsolved(self, context, sum(not exact for _, exact in solved))
+        return torch.stack([torch.from_numpy(weights) for weights, _ in solved])
 
     def observe(self, gramian: Tensor, context: Context) -> None:
         """Take the step into the history; sees all tasks, also those with a zero gradient."""

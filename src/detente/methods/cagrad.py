@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detente.method import Context, GramianMethod, Paper, TaskWeights, Weights, at_least, normalized, warn_unsolved
+from detente.method import Context, GramianMethod, Paper, TaskWeights, Weights, at_least, normalized
 from detente.solvers import Array, ball
 
 __all__ = ["CAGrad"]
@@ -96,15 +96,12 @@ class CAGrad(GramianMethod):
     def rule(self, gramian: Tensor, context: Context) -> Tensor:
         assert context.shares is not None
         centre = normalized(context.shares).numpy()
-        blocks = gramian.numpy()
         if gramian.shape[-1] == 2 and bool((gramian.diagonal(dim1=-2, dim2=-1) > 0).all()):
-            result = _two_tasks(blocks, centre, self.c)
+            result = torch.from_numpy(_two_tasks(gramian.numpy(), centre, self.c))
         else:
-            solved = [ball(block, centre, self.c) for block in blocks]
-            warn_unsolved(self, context, sum(not exact for _, exact in solved))
-            result = np.stack([weights for weights, _ in solved])
+            result = self.per_block(lambda block: ball(block, centre, self.c), gramian, context)
         divisor = {None: 1.0, 1: 1 + self.c**2, 2: 1 + self.c}[self.rescale]
-        return torch.from_numpy(result) / divisor
+        return result / divisor
 
 
 def _two_tasks(gramian: Array, centre: Array, c: float) -> Array:

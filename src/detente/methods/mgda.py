@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch
 from torch import Tensor
 
-from detente.method import Context, GramianMethod, Paper, warn_unsolved
+from detente.method import Context, GramianMethod, Paper
 from detente.solvers import min_norm
 
 __all__ = ["MGDA"]
@@ -46,15 +43,5 @@ class MGDA(GramianMethod):
     heads = "weighted"
     nonconflicting = True
 
-    def __init__(
-        self,
-        *,
-        zero_rows: Literal["drop", "keep"] = "drop",
-        heads: Literal["own", "weighted"] | None = None,
-    ) -> None:
-        super().__init__(zero_rows=zero_rows, heads=heads)
-
     def rule(self, gramian: Tensor, context: Context) -> Tensor:
-        solved = [min_norm(block) for block in gramian.numpy()]
-        warn_unsolved(self, context, sum(not exact for _, exact in solved))
-        return torch.stack([torch.from_numpy(weights) for weights, _ in solved])
+        return self.per_block(min_norm, gramian, context)
