@@ -264,3 +264,13 @@ def test_a_mistake_in_the_yaml_file_is_one_message(text, message, tmp_path, monk
     (tmp_path / "all.yaml").write_text(text)
     assert message in refused("compare", "--config", "all.yaml")
     assert [path.name for path in tmp_path.iterdir()] == ["all.yaml"]
+
+
+@pytest.mark.parametrize("missing", ["rich", "plotly", "typer", "scipy"])
+def test_a_missing_extra_is_named_with_the_command_that_installs_it(missing):
+    code = f"import sys; sys.modules[{missing!r}] = None; import detente.benchmark.cli"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert missing in found.stderr
+    assert "pip install 'detente[compare]'" in found.stderr
+    assert "Traceback" not in found.stderr

@@ -268,8 +268,7 @@ def verdict(results: Sequence[dict[str, Any]]) -> str:
     on_front = [label for label, found in reached.items() if "front" in found and set(found) <= {"optimum", "front"}]
     if on_front:
         parts.append(f"{', '.join(on_front)} ended on the Pareto front, at points that depend on the start")
-    text = "; ".join(parts) or "No method has reached the optimum or the Pareto front from all starts"
-    return text[0].upper() + text[1:] + "."
+    return ("; ".join(parts) or "no method has reached the optimum or the Pareto front from all starts") + "."
 
 
 def _words(x: Array) -> str:
