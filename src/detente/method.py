@@ -76,6 +76,7 @@ class Context:
         shares: ``[T]`` weights of the rows in the mean gradient when rows stand for groups of tasks
             (:class:`detente.Sampled`), else None.
         partition: the blocks of a block-wise step, else None.
+        blocks: positions of the given Gramians among the blocks of the step; None where all are given.
         stats: what the method wants to report in :attr:`Update.stats`.
     """
 
@@ -83,16 +84,18 @@ class Context:
     losses: Tensor | None = None
     shares: Tensor | None = None
     partition: Partition | None = None
+    blocks: Tensor | None = None
     stats: dict[str, Any] = field(default_factory=dict)
 
-    def subset(self, keep: Tensor) -> Context:
-        """The same step with only the tasks where ``keep`` (bool, ``[T]``) is true."""
+    def subset(self, keep: Tensor, blocks: Tensor) -> Context:
+        """The same step with only the tasks where ``keep`` (bool, ``[T]``) is true, on the blocks at ``blocks``."""
         index = keep.nonzero().flatten()
         return replace(
             self,
             tasks=tuple(self.tasks[i] for i in index.tolist()),
             losses=None if self.losses is None else self.losses[index],
             shares=None if self.shares is None else self.shares[index],
+            blocks=blocks,
         )
 
 
@@ -314,7 +317,7 @@ class GramianMethod(Method):
             rows = keep.nonzero().flatten()
             if len(rows):
                 part = flat[blocks[:, :, None], rows[None, :, None], rows[None, None, :]]
-                result[blocks, rows[None, :]] = self.rule(part, context.subset(keep))
+                result[blocks, rows[None, :]] = self.rule(part, context.subset(keep, blocks.flatten()))
         return result
 
     def sampling_shares(self, context: Context) -> Tensor:
@@ -578,7 +581,7 @@ def at_least(what: str, value: float, low: float, *, strict: bool = False) -> fl
 def warn_unsolved(method: Method, context: Context, count: int) -> None:
     """Count solves that stopped short of their tolerance, and say so once per call site."""
     if count:
-        context.stats["unsolved"] = count
+        context.stats["unsolved"] = context.stats.get("unsolved", 0) + count
         warnings.warn(
             f"{method.name}: the solver stopped short of its tolerance on {count} block(s); "
             "the best feasible point is used. See update.stats['unsolved'].",

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import detente
 import matrices
+from detente.method import Context
 from reference import directions, geometry, tensioner
 from reference.agreement import assert_agrees
 
@@ -122,3 +123,17 @@ def test_equal_tensions_of_two_tasks_cancel():
         J = matrices.conflicting(2, t) * torch.tensor([[1.0], [30.0]])
         d = detente.aggregate(J, method, losses=[1.0, 5.0])
         assert_agrees(d, directions.edm(J.numpy())[1], terms=geometry.norms(J.numpy()).max(), T=2)
+
+
+def test_blocks_with_different_zero_rows_are_tensioned_by_their_own_history():
+    """Layer by layer: a task that misses one layer must not shift the histories of the other layers' blocks."""
+    together, alone = detente.CDTT(window=2), [detente.CDTT(window=2) for _ in range(3)]
+    losses = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
+    context = Context(("a", "b", "c"), losses=losses)
+    for step in range(5):
+        J = torch.stack([0.1 * (1 + block) * matrices.normal(3, 8, 10 * step + block) for block in range(3)])
+        J[1, 2] = 0.0  # the second block's last task, in every step
+        G = J @ J.transpose(1, 2)
+        expected = torch.stack([method.weights(g, context) for method, g in zip(alone, G, strict=True)])
+        # the same operations in the same order, block by block
+        torch.testing.assert_close(together.weights(G, context), expected, rtol=1e-12, atol=1e-12)

@@ -125,7 +125,9 @@ class CDTT(GramianMethod):
         """``[B, T]`` tensions of the tasks of this step, or None while warming up."""
         if any(len(self.history[task]) <= self.window for task in context.tasks):
             return None
-        norms = torch.stack([self.history[task] for task in context.tasks], dim=-1)
+        norms = torch.stack([self.history[task] for task in context.tasks], dim=-1)  # [steps, B, T]
+        if context.blocks is not None:
+            norms = norms[:, context.blocks]
         now, before = norms[1:].sum(0), norms[:-1].sum(0)
         change = torch.where(before > 0, now / before, 1.0)
         assert context.losses is not None
@@ -143,7 +145,7 @@ class CDTT(GramianMethod):
                 centre, used = self._feasible(block, centre)
                 passes = max(passes, used)
             result.append(torch.from_numpy(centre))
-        context.stats["passes"] = passes
+        context.stats["passes"] = max(passes, context.stats.get("passes", 0))
         warn_unsolved(self, context, unsolved)
         return torch.stack(result)
 
