@@ -87,7 +87,7 @@ class Context:
     blocks: Tensor | None = None
     stats: dict[str, Any] = field(default_factory=dict)
 
-    def subset(self, keep: Tensor, blocks: Tensor) -> Context:
+    def subset(self, keep: Tensor, blocks: Tensor | None = None) -> Context:
         """The same step with only the tasks where ``keep`` (bool, ``[T]``) is true, on the blocks at ``blocks``."""
         index = keep.nonzero().flatten()
         return replace(
