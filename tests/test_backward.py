@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import detente
 from detente.method import Context
+from states import plain
 
 # float64 rounding through another order of summation and a well-conditioned solve of a few tasks
 TIGHT = {"rtol": 1e-9, "atol": 1e-12}
@@ -44,15 +45,6 @@ class Net(nn.Module):
     ) -> dict[str, Tensor]:
         h = hook(self.trunk(self.x))
         return {t: (self.heads[t](h) - self.y[t]).square().mean() for t in tasks or self.heads}
-
-
-def plain(state: object) -> object:
-    """A state as lists and numbers, every entry of every tensor, so that == compares all of it."""
-    if isinstance(state, dict):
-        return {key: plain(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return [plain(value) for value in state]
-    return state.tolist() if isinstance(state, Tensor) else state
 
 
 def grads(module: nn.Module) -> list[Tensor | None]:

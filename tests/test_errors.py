@@ -18,17 +18,9 @@ from torch import Tensor, nn
 
 import detente
 from detente.method import Context
+from states import plain
 
 TASKS = ("a", "b", "c")
-
-
-def plain(state: object) -> object:
-    """A state as lists and numbers, every entry of every tensor, so that == compares all of it."""
-    if isinstance(state, dict):
-        return {key: plain(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return [plain(value) for value in state]
-    return state.tolist() if isinstance(state, Tensor) else state
 
 
 class World:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import detente
 from detente.method import Context, Paper, TaskHistory, TaskScalars, TaskWeights, normalized
+from states import plain
 
 ALL = [name for name in detente.list_methods() if name != "connection_strength"]
 GRAMIAN = [name for name in ALL if isinstance(detente.get_method(name), detente.GramianMethod)]
@@ -35,15 +36,6 @@ def drive(method: detente.Method, steps: int, first: int = 0, tasks: tuple[str, 
         if k % 3 == 2:
             method.next_epoch()
     return result
-
-
-def plain(state: object) -> object:
-    """A state as lists and numbers, every entry of every tensor, so that == compares all of it."""
-    if isinstance(state, dict):
-        return {key: plain(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return [plain(value) for value in state]
-    return state.tolist() if isinstance(state, Tensor) else state
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:

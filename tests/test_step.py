@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import detente
+from states import plain
 
 ALL = [name for name in detente.list_methods() if name != "connection_strength"]
 TASKS = ("a", "b", "c")
@@ -30,15 +31,6 @@ class Net(nn.Module):
         self.asked.append(tasks)
         h = self.trunk(self.x)
         return {t: (self.heads[t](h) - self.y[TASKS.index(t)]).square().mean() for t in tasks or TASKS}
-
-
-def plain(state: object) -> object:
-    """A state as lists and numbers, every entry of every tensor, so that == compares all of it."""
-    if isinstance(state, dict):
-        return {key: plain(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return [plain(value) for value in state]
-    return state.tolist() if isinstance(state, Tensor) else state
 
 
 def equal(first: nn.Module, second: nn.Module) -> bool:

@@ -174,11 +174,7 @@ class Method(nn.Module, ABC):
     def partition(self, parameters: Sequence[Tensor], tasks: tuple[str, ...], granularity: str) -> Partition:
         """Blocks of the shared parameters at a granularity: ``model``, ``layer`` or ``channel``."""
         splits = {"model": Partition.by_model, "layer": Partition.by_layer, "channel": Partition.by_channel}
-        if granularity not in splits:
-            raise ValueError(
-                f"granularity must be one of {', '.join(splits)}; got {granularity!r}. "
-                "Leave it None for the method's own."
-            )
+        one_of("granularity", granularity, tuple(splits))
         return splits[granularity](parameters)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:

@@ -64,7 +64,7 @@ def step(
     require_method(method)
     if method.requires_step and (weighting is not None or source != "parameters"):
         raise ValueError(f"weighting and source do not apply to the tasks' own steps of {method.name}; leave them out.")
-    before = method.get_extra_state()
+    before = method.get_extra_state() if method.requires_step else None
     if not method.sequential():
         losses = closure(None)
         optimizer.zero_grad(set_to_none=True)

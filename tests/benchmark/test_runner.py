@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import json
 import os
@@ -15,13 +14,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 
 import detente
-from detente.benchmark import cli, runner
+from benchmark.command import Outcome, run
+from detente.benchmark import runner
 from detente.benchmark.problem import load_problem
 from detente.benchmark.runner import Event, Job
 
@@ -30,25 +30,6 @@ METHODS = "pcgrad,connection_strength"
 PATIENCE = 120.0  # seconds until a test gives up waiting; a loaded machine starts a process in 10
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks processes up in /proc")
-
-
-class Outcome(NamedTuple):
-    code: int
-    text: str
-
-
-def run(*arguments: str | Path) -> Outcome:
-    """The command line in this process; its exit code and all it printed."""
-    text = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["detente", *map(str, arguments)])
-        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
-            try:
-                cli.main()
-                code = 0
-            except SystemExit as end:
-                code = int(end.code or 0)
-    return Outcome(code, text.getvalue())
 
 
 def compare(out: Path, problem: Path = TINY, methods: str = METHODS, seeds: int = 2, *more: str) -> Outcome:

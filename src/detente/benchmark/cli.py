@@ -33,7 +33,7 @@ try:
 
     from detente.benchmark import tables
     from detente.benchmark.report import write_report
-    from detente.benchmark.results import load_comparison, verdict
+    from detente.benchmark.results import load_comparison, read_config, verdict
 except ImportError as error:
     raise SystemExit(
         f"the detente command needs {error.name}, which is not installed. Run: pip install 'detente[compare]'"
@@ -75,7 +75,6 @@ class _Monitor:
         self.total = self.bar.add_task(title, total=total)
         self.running: dict[str, Event] = {}
         self.finished = 0
-        self.last_print = 0.0
 
     def __rich__(self) -> Group:
         table = Table(box=None, show_header=False, padding=(0, 1))
@@ -190,7 +189,7 @@ def compare(
     for name, message in failures.items():
         console.print(f"[red]failed[/red] {escape(name)}: {escape(message)}", highlight=False, soft_wrap=True)
     if any(root.glob("runs/*/seed-*/result.json")):
-        _show(root)
+        _show(root, loaded.module)
     console.print(f"Took {time.monotonic() - started:.0f} s.")
     if failures:
         console.print(f"{len(failures)} runs failed, see above. The same command runs them again; the others are kept.")
@@ -223,11 +222,11 @@ def _compare(
             return run_jobs(todo, root, jobs, monitor)
 
 
-def _show(root: Path) -> None:
-    """Print the tables and write every form of them, and the report."""
+def _show(root: Path, hooks: Any) -> None:
+    """Print the tables and write every form of them, and the report; ``hooks`` is the problem's module, or None."""
     comparison = load_comparison(root)
-    hooks = _hooks(comparison.config)
-    results = [json.loads(job.path.read_text()) for job in comparison.jobs]
+    hooked = any(hasattr(hooks, name) for name in ("report", "verdict", "summary"))
+    results = [json.loads(job.path.read_text()) for job in comparison.jobs] if hooked else []
     if hasattr(hooks, "report"):
         hooks.report(results, root)
     grids = {"results": tables.result_grid(comparison), "cost": tables.cost_grid(comparison)}
@@ -258,7 +257,7 @@ def _hooks(config: Mapping[str, Any]) -> Any:
 @app.command()
 def report(directory: Annotated[Path, typer.Argument(help="Directory of a comparison.")]) -> None:
     """Build the tables and the HTML report again from the finished runs of a comparison."""
-    _show(directory)
+    _show(directory, _hooks(read_config(directory / "comparison.json")))
 
 
 @app.command()

@@ -7,10 +7,10 @@ comparison killed at any moment goes on with the same command.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import gc
-import json
 import math
 import multiprocessing
 import multiprocessing.connection
@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
 import detente
+from detente.benchmark.files import describe, read_checkpoint, write_checkpoint, write_json
 from detente.benchmark.problem import Problem, load_problem
 from detente.benchmark.results import read_config
 from detente.benchmark.specs import Spec
@@ -46,7 +47,7 @@ from detente.methods import DTP
 from detente.nn import active_task, convert_task_norm
 from detente.step import step
 
-__all__ = ["Event", "Job", "Progress", "jobs_of", "prepare", "run_jobs", "write_json"]
+__all__ = ["Event", "Job", "Progress", "jobs_of", "prepare", "run_jobs"]
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,6 @@ class Event:
 
 
 Progress = Callable[[Event], None]
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file whole or not at all."""
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(scratch, path)
 
 
 def jobs_of(problem: Problem, specs: Sequence[Spec], seeds: Iterable[int], settings: dict[str, Any]) -> list[Job]:
@@ -258,22 +252,11 @@ def _set_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
 
 
-def describe(error: BaseException) -> str:
-    """Type and first line of an error."""
-    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
-
-
-def _plain(content: Any) -> Any:
-    """The same with None for numbers that JSON does not have."""
-    if isinstance(content, dict):
-        return {key: _plain(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [_plain(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
 class _Training:
     """The state of one job between epochs: everything that a checkpoint holds."""
+
+    PLAIN = ("history", "best", "reached", "step_times", "peak_mb", "first_figures")
+    """Attributes that are saved as they are."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -283,11 +266,11 @@ class _Training:
         np.random.seed(job.seed)  # noqa: NPY002
         random.seed(job.seed)
         self.model = self.problem.make_model(self.tasks)
-        spec = Spec.parse("gd" if job.task is not None else job.label)
-        self.per_task = "model" in method_class(spec.method).needs
+        self.spec = Spec.parse("gd" if job.task is not None else job.label)
+        self.per_task = "model" in method_class(self.spec.method).needs
         if self.per_task:
             convert_task_norm(self.model, self.tasks)
-        self.method: Method = spec.build(self.model, job.settings["epochs"], job.seed)
+        self.method: Method = self.spec.build(self.model, job.settings["epochs"], job.seed)
         self.optimizer = self.problem.make_optimizer(self.model, job.settings)
         self.generator = torch.Generator().manual_seed(job.seed)
         self.history: list[dict[str, Any]] = []
@@ -301,29 +284,18 @@ class _Training:
     # -- checkpoints
 
     def save(self, path: Path) -> None:
-        scratch = path.with_suffix(".tmp")
-        torch.save(
-            {
-                "job": asdict(self.job),
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "method": self.method.state_dict(),
-                "generator": self.generator.get_state(),
-                "random": _random_state(),
-                "history": self.history,
-                "best": self.best,
-                "reached": self.reached,
-                "step_times": self.step_times,
-                "peak_mb": self.peak_mb,
-                "first_figures": self.first_figures,
-            },
-            scratch,
-        )
-        os.replace(scratch, path)
+        content = {
+            "job": asdict(self.job),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "method": self.method.state_dict(),
+            "generator": self.generator.get_state(),
+            "random": _random_state(),
+        }
+        write_checkpoint(path, content | {key: getattr(self, key) for key in self.PLAIN})
 
     def load(self, path: Path) -> None:
-        try:
-            saved = torch.load(path, weights_only=True)
+        with read_checkpoint(path) as saved:
             if saved["job"] != asdict(self.job):
                 raise ValueError("it belongs to another job")
             self.model.load_state_dict(saved["model"])
@@ -331,13 +303,8 @@ class _Training:
             self.method.load_state_dict(saved["method"])
             self.generator.set_state(saved["generator"])
             _set_random_state(saved["random"])
-            for key in ("history", "best", "reached", "step_times", "peak_mb", "first_figures"):
+            for key in self.PLAIN:
                 setattr(self, key, saved[key])
-        except Exception as error:
-            raise ValueError(
-                f"the checkpoint {path} cannot be used ({describe(error)}). "
-                "Delete this file to train the run from its start; finished runs are not touched."
-            ) from error
 
     # -- training
 
@@ -451,7 +418,7 @@ class _Training:
         rated = [(r["conflict_rate"], r["probes"]) for r in self.history if r["conflict_rate"] is not None]
         return {
             "problem": self.problem.name,
-            "method": "single" if self.job.task else Spec.parse(self.job.label).method,
+            "method": "single" if self.job.task else self.spec.method,
             "label": self.job.label,
             "seed": self.job.seed,
             "task": self.job.task,
@@ -478,11 +445,9 @@ class _PeakMemory:
     def __enter__(self) -> _PeakMemory:
         gc.collect()
         if sys.platform == "linux":
-            try:
+            with contextlib.suppress(OSError, AttributeError):  # no glibc, or no right to reset the peak
                 ctypes.CDLL("libc.so.6").malloc_trim(0)  # give freed memory of earlier jobs back first
                 Path("/proc/self/clear_refs").write_text("5")
-            except (OSError, AttributeError):
-                pass
         self.before = self._read()[0]
         return self
 
@@ -527,7 +492,7 @@ def _run(job: Job, root: Path, progress: Progress) -> None:
                 saved = time.monotonic()
             say(training.epoch / job.settings["epochs"], training._line())
     training.peak_mb = max(training.peak_mb, memory.peak_mb)
-    write_json(directory / "result.json", _plain(training.result()))
+    write_json(directory / "result.json", training.result())
     for leftover in (checkpoint, directory / "error.txt"):
         leftover.unlink(missing_ok=True)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from detente.backward import named_losses
 from detente.engine.graph import reach
 from detente.engine.jacobian import Jacobian
+from detente.engine.source import every_task, take
 from detente.gramian import Partition
 
 __all__ = ["task_gramian"]
@@ -39,12 +40,8 @@ def task_gramian(
     found = reach(tensors, shared)
     if not found.shared:
         return None
+    trunk = replace(found, own=[[] for _ in tensors])
     rows = Jacobian(found.shared, len(tensors))
-    for t, loss in enumerate(tensors):
-        mine = [k for k, tasks in enumerate(found.tasks) if t in tasks]
-        taken = torch.autograd.grad(loss, [found.shared[k] for k in mine], retain_graph=True, allow_unused=True)
-        gradients: list[Tensor | None] = [None] * len(found.shared)
-        for k, gradient in zip(mine, taken, strict=True):
-            gradients[k] = gradient
-        rows.write(t, gradients)
+    for t, row in enumerate(every_task(len(tensors))):
+        take(rows, t, row, tensors, trunk, "own", last=False)
     return rows.gramian(Partition.by_model(found.shared))[0].cpu()

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Row", "Sampled", "every_task"]
+from detente.engine.graph import Reach
+from detente.engine.jacobian import Jacobian
+
+__all__ = ["Row", "Sampled", "every_task", "spread", "take"]
 
 
 @dataclass(frozen=True)
@@ -93,3 +96,40 @@ def spread(weights: Tensor, rows: Sequence[Row], count: int) -> Tensor:
         for task, factor in zip(row.tasks, row.factors, strict=True):
             result[..., task] = weights[..., r] * factor
     return result
+
+
+def take(
+    jacobian: Jacobian, r: int, row: Row, losses: list[Tensor], found: Reach, convention: str, *, last: bool
+) -> list[tuple[Tensor, int, Tensor]]:
+    """Backpropagate one row: its gradient goes into J; those of its heads are returned as ``(parameter, r, gradient)``.
+
+    Heads of a row that averages several tasks take another, short pass (it ends above the trunk), because their own
+    losses have other factors than the average.
+    """
+    mine = [k for k, tasks in enumerate(found.tasks) if any(t in tasks for t in row.tasks)]
+    own = list({id(p): p for t in row.tasks for p in found.own[t]}.values())
+    outputs = [losses[t] for t in row.tasks]
+    factors = [torch.full_like(loss, f) for loss, f in zip(outputs, row.factors, strict=True)]
+    inputs = [jacobian.parameters[k] for k in mine]
+
+    def pull(inputs: list[Tensor], factors: list[Tensor], keep: bool) -> Sequence[Tensor | None]:
+        if not inputs:
+            return ()
+        return torch.autograd.grad(outputs, inputs, factors, retain_graph=keep, allow_unused=True)
+
+    if len(row.tasks) == 1 or convention == "weighted":
+        taken = pull([*inputs, *own], factors, not last)
+        head_gradients = taken[len(inputs) :]
+    else:
+        head_gradients = pull(own, [torch.ones_like(loss) for loss in outputs], True)
+        taken = pull(inputs, factors, not last)
+    gradients: list[Tensor | None] = [None] * len(jacobian.parameters)
+    for k, gradient in zip(mine, taken, strict=False):
+        if gradient is not None and gradient.layout != torch.strided:
+            raise ValueError(
+                f"a shared parameter of shape {tuple(jacobian.parameters[k].shape)} has a sparse gradient, which is "
+                "not supported yet. Build the embedding with sparse=False."
+            )
+        gradients[k] = gradient
+    jacobian.write(r, gradients)
+    return [(p, r, g) for p, g in zip(own, head_gradients, strict=True) if g is not None]

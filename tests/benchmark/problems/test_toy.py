@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import itertools
 import json
-import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 import detente
-from detente.benchmark import cli
+from benchmark.command import run as command
 from detente.benchmark.problems import toy
 from detente.benchmark.specs import Spec, parse_methods
 
@@ -201,21 +199,8 @@ def test_the_summary_shows_every_method_in_full_in_eighty_columns():
     assert all(label in text.getvalue() for label in labels)
 
 
-def command(*arguments: str | Path) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["detente", *map(str, arguments)])
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                cli.main()
-                code = 0
-            except SystemExit as end:
-                code = int(end.code or 0)
-    return code, out.getvalue(), err.getvalue()
-
-
 def test_the_command_writes_the_figure_the_points_and_the_tables(tmp_path):
-    code, out, err = command("compare", "toy", "--methods", "mgda,cagrad", "--steps", "50", "--out", tmp_path)
+    code, out, err, _ = command("compare", "toy", "--methods", "mgda,cagrad", "--steps", "50", "--out", tmp_path)
     assert code == 0, err
     assert "not finished" not in out
     (figure,) = tmp_path.glob("figures/*.svg")
@@ -237,13 +222,13 @@ def test_the_command_writes_the_figure_the_points_and_the_tables(tmp_path):
 
 @pytest.mark.parametrize("method", ["cdtt", "gls", "dwa", "connection_strength", "wpcgrad(priority=loss_power)"])
 def test_a_method_that_needs_what_the_toy_lacks_is_refused_and_not_remembered(method, tmp_path):
-    code, out, err = command("compare", "toy", "--methods", method, "--steps", "10", "--out", tmp_path)
+    code, out, err, _ = command("compare", "toy", "--methods", method, "--steps", "10", "--out", tmp_path)
     assert code == 2
     assert out == ""
     assert f"{method} needs" in err
     assert "Leave it out of --methods" in err
     assert "Traceback" not in err
-    code, out, err = command("compare", "toy", "--methods", "gd", "--steps", "10", "--out", tmp_path)
+    code, out, err, _ = command("compare", "toy", "--methods", "gd", "--steps", "10", "--out", tmp_path)
     assert code == 0, err
     assert "not finished" not in out
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +24,8 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
-from detente.benchmark.runner import Event, Job, describe, write_json
+from detente.benchmark.files import read_checkpoint, write_checkpoint, write_json
+from detente.benchmark.runner import Event, Job
 from detente.benchmark.specs import Spec
 from detente.method import Context, GramianMethod, LossWeighting, Method, method_class
 
@@ -156,25 +156,20 @@ class _State:
         self.step += 1
 
     def save(self, path: Path, labels: list[str], methods: Sequence[Method]) -> None:
-        scratch = path.with_suffix(".tmp")
-        torch.save(
-            {
-                "labels": labels,
-                "x": self.x.detach(),
-                "optimizer": self.optimizer.state_dict(),
-                "methods": [method.state_dict() for method in methods],
-                "step": self.step,
-                "path": torch.stack(self.path),
-                "conflicts": self.conflicts,
-                "milliseconds": self.milliseconds,
-            },
-            scratch,
-        )
-        os.replace(scratch, path)
+        content = {
+            "labels": labels,
+            "x": self.x.detach(),
+            "optimizer": self.optimizer.state_dict(),
+            "methods": [method.state_dict() for method in methods],
+            "step": self.step,
+            "path": torch.stack(self.path),
+            "conflicts": self.conflicts,
+            "milliseconds": self.milliseconds,
+        }
+        write_checkpoint(path, content)
 
     def load(self, path: Path, labels: list[str], methods: Sequence[Method]) -> None:
-        try:
-            saved = torch.load(path, weights_only=True)
+        with read_checkpoint(path) as saved:
             if saved["labels"] != labels:
                 return  # methods were added: all run anew
             with torch.no_grad():
@@ -184,11 +179,6 @@ class _State:
                 method.load_state_dict(state)
             self.step, self.path = saved["step"], list(saved["path"])
             self.conflicts, self.milliseconds = saved["conflicts"], saved["milliseconds"]
-        except Exception as error:
-            raise ValueError(
-                f"the checkpoint {path} cannot be used ({describe(error)}). "
-                "Delete this file to start the toy again; finished runs are not touched."
-            ) from error
 
 
 _CONTEXT = Context(NAMES)
