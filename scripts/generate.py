@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 def stub() -> str:
     """``detente/methods/__init__.pyi``: every class by name, for checkers that cannot run the discovery."""
-    found = sorted((cls.__name__, cls.__module__) for cls in registry().values())
+    found = sorted(((cls.__name__, cls.__module__) for cls in registry().values()), key=lambda pair: pair[::-1])
     lines = ["# Written by scripts/generate.py from the files in this folder; do not edit.", ""]
     lines += [f"from {module} import {name} as {name}" for name, module in found]
     return "\n".join(lines) + "\n\n__all__: list[str]\n"

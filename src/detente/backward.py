@@ -13,8 +13,18 @@ from torch import Tensor
 
 from detente.engine.graph import Reach, reach
 from detente.engine.jacobian import Jacobian
-from detente.engine.source import Sampled, every_task, spread, take
-from detente.method import Context, GramianMethod, LossWeighting, Method, Update, one_of, require_method
+from detente.engine.source import Features, Sampled, every_task, spread, take
+from detente.gramian import Partition
+from detente.method import (
+    Context,
+    GramianMethod,
+    LossWeighting,
+    Method,
+    Update,
+    need_losses,
+    one_of,
+    require_method,
+)
 
 __all__ = ["aggregate", "backward"]
 
@@ -44,9 +54,12 @@ def backward(
         method: a method of this library, such as ``detente.CAGrad()``.
         shared: parameters to treat as shared; None finds them from the autograd graph. With a single loss nothing is
             shared unless you say so, and every parameter gets its plain gradient.
-        source: ``"parameters"`` (the gradients of all tasks) or :class:`detente.Sampled`.
-        granularity: ``"model"``, ``"layer"`` (one set of coefficients per parameter tensor) or ``"channel"`` (per
-            index of the first dimension); None is the method's own.
+        source: ``"parameters"`` (the gradients of all tasks), ``"features"`` (those of the values at which the tasks
+            part, found from the graph: one pass through the trunk instead of T, an approximation that the papers call
+            the upper bound), or :class:`detente.Sampled`.
+        granularity: ``"model"``, ``"layer"`` (one set of coefficients per parameter tensor, or per feature) or
+            ``"channel"`` (per index of the parameter's first dimension, of a feature's second); None is the method's
+            own.
         weighting: a loss weighting that is applied to the losses first: the method sees weighted losses and gradients.
         scale: factor that is already inside the losses, such as ``scaler.get_scale()``. Methods see the unscaled
             losses and gradients; ``.grad`` keeps the factor.
@@ -71,8 +84,8 @@ def backward(
     """
     if isinstance(method, Method) and method.requires_step:
         raise RuntimeError(
-            f"{method.name} runs one optimizer step per task in its first phase, which one backward pass cannot do. "
-            "Use detente.step(closure, optimizer, method), or fix phase=2."
+            f"{method.name} cannot work with one backward pass: {method.why_step()} "
+            f"Use detente.step(closure, optimizer, method){method.without_step}."
         )
     return run(losses, method, shared, source, granularity, weighting, scale)
 
@@ -85,12 +98,20 @@ def run(
     granularity: str | None = None,
     weighting: LossWeighting | None = None,
     scale: float = 1.0,
+    more: Sequence[Losses] = (),
 ) -> Update:
-    """What :func:`backward` does, for methods in whatever phase."""
+    """What :func:`backward` does, for methods in whatever phase; ``more``: the losses on further batches."""
     _single_process()
     named = named_losses(losses)
+    others = [named_losses(batch) for batch in more]
+    for batch in others:
+        if list(batch) != list(named):
+            raise ValueError(
+                f"{getattr(method, 'name', method)} compares several batches, which must bring the same tasks in the "
+                f"same order; got {list(named)} and {list(batch)}."
+            )
     with torch.autocast(next(iter(named.values())).device.type, enabled=False):
-        return _run(named, method, shared, source, granularity, weighting, scale)
+        return _run(named, method, shared, source, granularity, weighting, scale, others)
 
 
 def _run(
@@ -101,25 +122,38 @@ def _run(
     granularity: str | None,
     weighting: LossWeighting | None,
     scale: float,
+    others: list[dict[str, Tensor]],
 ) -> Update:
     require_method(method)
     if weighting is not None and not isinstance(weighting, LossWeighting):
         raise TypeError(f"weighting must be a loss weighting such as detente.DWA(); got {weighting!r}.")
-    if source != "parameters" and not isinstance(source, Sampled):
-        raise ValueError(f"source must be 'parameters' or detente.Sampled(n); got {source!r}.")
+    if not isinstance(source, Sampled) and source not in ("parameters", "features"):
+        raise ValueError(f"source must be 'parameters', 'features' or detente.Sampled(n); got {source!r}.")
     if granularity is not None:
         one_of("granularity", granularity, ("model", "layer", "channel"))
     if not isinstance(scale, int | float) or not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale must be a positive number; got {scale!r}.")
     found = reach(list(named.values()), shared)
     if isinstance(method, LossWeighting):
-        if granularity is not None or isinstance(source, Sampled):
+        if granularity is not None or source != "parameters":
             raise ValueError(
                 f"{method.name} weights whole losses and takes no task gradients: granularity and source do not apply."
             )
         return _weighted(named, method, found, weighting, scale)
     assert isinstance(method, GramianMethod)
-    return _projected(named, method, found, source, granularity, weighting, scale)
+    if source == "features":
+        if shared is not None:
+            raise ValueError("source='features' finds the shared part from the graph; leave `shared` out.")
+        if method.per_parameter:
+            raise ValueError(
+                f"{method.name} works on single parameters or follows them from step to step, which the features of a "
+                "batch do not allow. Use source='parameters'."
+            )
+    if weighting is not None and method.own_weighting is not None:
+        raise ValueError(
+            f"{method.name} weights the losses itself ({method.own_weighting.name}); leave `weighting` out."
+        )
+    return _projected(named, method, found, source, granularity, weighting or method.own_weighting, scale, others)
 
 
 def named_losses(losses: Losses) -> dict[str, Tensor]:
@@ -215,6 +249,7 @@ def _projected(
     granularity: str | None,
     weighting: LossWeighting | None,
     scale: float,
+    others: list[dict[str, Tensor]],
 ) -> Update:
     tasks, tensors = tuple(named), list(named.values())
     if not found.shared:
@@ -225,13 +260,6 @@ def _projected(
                 stacklevel=5,
             )
         return _weighted(named, _PLAIN, found, weighting, scale)
-    partition = method.partition(found.shared, tasks, granularity or method.native_granularity)
-    if method.heads == "weighted" and partition.count > 1:
-        raise ValueError(
-            f"{method.name} weights the heads' losses by the tasks' coefficients, and {partition.count} blocks have "
-            "one coefficient each. Use heads='own', or granularity='model'."
-        )
-    context = Context(tasks, partition=partition)
     rows = every_task(len(tasks))
     shares = None
     if isinstance(source, Sampled):
@@ -240,24 +268,32 @@ def _projected(
         losses = _values(named, scale).cpu()
         if scale == 1.0:
             check_finite(dict(zip(named, losses, strict=True)))
-        shares = method.sampling_shares(replace(context, losses=losses))
+        shares = method.sampling_shares(Context(tasks, losses=losses))
         rows = source.rows(shares)
 
-    jacobian = Jacobian(found.shared, len(rows))
-    heads: list[tuple[Tensor, int, Tensor]] = []
-    for r, row in enumerate(rows):
-        heads += take(jacobian, r, row, tensors, found, method.heads, last=r == len(rows) - 1)
+    if source == "features":
+        features = Features(tensors, found)
+        jacobian, heads, finish = features.jacobian, features.heads, features.finish
+        partition = _partition(method, jacobian.parameters, tasks, granularity, features=True)
+    else:
+        partition = _partition(method, found.shared, tasks, granularity)
+        jacobian, heads, finish = Jacobian(found.shared, len(rows)), [], _unchanged
+        for r, row in enumerate(rows):
+            heads += take(jacobian, r, row, tensors, found, method.heads, last=r == len(rows) - 1)
 
-    blocks = jacobian.gramian(partition)
-    values = _values(named, scale).to(blocks.device)
-    host = torch.cat([blocks.reshape(-1), values]).cpu()  # the step's one transfer to the host
-    blocks, losses = host[: -len(tasks)].reshape(blocks.shape) / scale**2, host[-len(tasks) :]
+    raw = jacobian.gramian(partition)
+    cross = _cross(jacobian, others, found, partition).to(raw.device) if others else raw[:0]
+    values = _values(named, scale).to(raw.device)
+    host = torch.cat([raw.reshape(-1), cross.reshape(-1), values]).cpu()  # the step's one transfer to the host
+    blocks, products, losses = torch.split(host, [raw.numel(), cross.numel(), len(tasks)])
+    blocks, products = blocks.reshape(raw.shape) / scale**2, products.reshape(cross.shape) / scale**2
     if scale == 1.0:
         check_finite(dict(zip(tasks, losses, strict=True)))
-    context = replace(context, losses=losses)
+    context = Context(tasks, losses=losses, partition=partition)
     method.check(context)
     # no history, the weighting's included, sees a step that is not finite
-    first = _first(weighting if bool(host.isfinite().all()) else None, context)
+    finite = bool(host.isfinite().all())
+    first = _first(weighting if finite else None, context)
     context = replace(context, losses=losses * first)
     if shares is not None:
         context = replace(
@@ -268,11 +304,12 @@ def _projected(
         )
         first = torch.ones(len(rows), dtype=torch.float64)
     blocks = blocks * first.unsqueeze(1) * first
-    weights = method.weights(blocks, context) * first
+    if others:
+        context = replace(context, cross=products * first.unsqueeze(1) * first)
+    weights, updates = _resolve(jacobian, method, blocks, partition, context, first, scale, finite)
 
-    updates = jacobian.combine(weights, partition)
     gradients: dict[int, tuple[Tensor, Tensor]] = {
-        id(p): (p, update) for p, update in zip(found.shared, updates, strict=True)
+        id(p): (p, update) for p, update in zip(found.shared, finish(updates), strict=True)
     }
     # a task that is left out for its zero trunk gradient still trains its head
     dropped = [row.tasks[0] for row in rows if tasks[row.tasks[0]] in context.stats.get("dropped", ())]
@@ -285,7 +322,7 @@ def _projected(
 
     total = blocks.sum(0)
     stats: dict[str, Any] = {
-        "backwards": len(rows),
+        "backwards": 1 if source == "features" else len(rows) * (1 + len(others)),
         "conflicts": int((total.triu(1) < 0).sum()),
         "dropped": [],
         **context.stats,
@@ -294,6 +331,68 @@ def _projected(
         stats["sampled"] = [tasks[row.tasks[0]] for row in rows[:-1]]
     by_task = spread(weights[0] if partition.count == 1 else weights, rows, len(tasks))
     return Update({task: by_task[..., t] for t, task in enumerate(tasks)}, total, stats)
+
+
+def _unchanged(updates: Sequence[Tensor]) -> Sequence[Tensor]:
+    return updates
+
+
+def _partition(
+    method: GramianMethod,
+    parameters: Sequence[Tensor],
+    tasks: tuple[str, ...],
+    granularity: str | None,
+    *,
+    features: bool = False,
+) -> Partition:
+    chosen = granularity or method.native_granularity
+    if features and chosen == "channel":
+        partition = Partition.by_channel(parameters, dim=1)  # dimension 0 of a feature is the sample
+    else:
+        partition = method.partition(parameters, tasks, chosen)
+    if method.heads == "weighted" and partition.count > 1:
+        raise ValueError(
+            f"{method.name} weights the heads' losses by the tasks' coefficients, and {partition.count} blocks have "
+            "one coefficient each. Use heads='own', or granularity='model'."
+        )
+    return partition
+
+
+def _cross(jacobian: Jacobian, others: list[dict[str, Tensor]], found: Reach, partition: Partition) -> Tensor:
+    """Products ``[B, T, T]`` of the gradients on two further batches, or on this and one further batch."""
+    taken = [jacobian]
+    for batch in others:
+        tensors = list(batch.values())
+        trunk = replace(found, own=[[] for _ in tensors])
+        rows = Jacobian(found.shared, len(tensors))
+        for t, row in enumerate(every_task(len(tensors))):
+            take(rows, t, row, tensors, trunk, "own", last=t == len(tensors) - 1)
+        taken.append(rows)
+    return taken[-2].gramian(partition, taken[-1])
+
+
+def _resolve(
+    jacobian: Jacobian,
+    method: GramianMethod,
+    blocks: Tensor,
+    partition: Partition,
+    context: Context,
+    first: Tensor,
+    scale: float,
+    finite: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """Coefficients ``[B, T]`` of the raw task gradients, and the update they give."""
+    if not method.transforms:
+        weights = method.weights(blocks, context) * first
+        return weights, jacobian.combine(weights, partition)
+    if not finite:
+        weights = torch.full(blocks.shape[:-1], math.nan, dtype=torch.float64)
+        return weights, jacobian.combine(weights, partition)
+    for buffer in jacobian.buffers:
+        buffer.mul_((first / scale).to(buffer.device, buffer.dtype).unsqueeze(1))
+    method.transform(jacobian.buffers, context)
+    weights = method.weights(jacobian.gramian(partition).cpu(), context)
+    return weights * first, jacobian.combine(weights * scale, partition)
 
 
 def _accumulate(gradients: Mapping[int, tuple[Tensor, Tensor]]) -> None:
@@ -344,18 +443,27 @@ def aggregate(jacobian: Tensor, method: Method, losses: Sequence[float] | Tensor
     context = Context(tuple(str(i) for i in range(count)), losses=values)
     if not bool(jacobian.isfinite().all()):
         return torch.full_like(jacobian[0], math.nan)
-    rows = Jacobian([jacobian[0]], count)
-    for t, row in enumerate(jacobian):
-        rows.write(t, [row])
-    partition = method.partition(rows.parameters, context.tasks, "model")
-    if isinstance(method, GramianMethod):
-        weights = method.weights(rows.gramian(partition)[0].cpu(), context)
-    else:
+    if not isinstance(method, GramianMethod):
         assert isinstance(method, LossWeighting)
         if values is None and "losses" in method.needs:
             raise ValueError(f"{method.name} needs the losses of the step; pass losses=[...] beside the gradients.")
         weights = method.weights(torch.ones(count, dtype=torch.float64) if values is None else values, context)
-    return rows.combine(weights.unsqueeze(0), partition)[0]
+        return weights.to(jacobian.device, jacobian.dtype) @ jacobian
+    rows = Jacobian([jacobian[0]], count)
+    for t, row in enumerate(jacobian):
+        rows.write(t, [row])
+    partition = method.partition(rows.parameters, context.tasks, "model")
+    first = torch.ones(count, dtype=torch.float64)
+    if method.own_weighting is not None:
+        need_losses(method.own_weighting, context)
+        method.own_weighting.check(context)
+        finite = values is not None and bool(values.isfinite().all())
+        first = _first(method.own_weighting if finite else None, context)
+        context = replace(context, losses=None if values is None else values * first)
+    blocks = rows.gramian(partition)
+    blocks = (blocks if method.on_device else blocks.cpu()) * first.unsqueeze(1).to(blocks.device) * first
+    _, updates = _resolve(rows, method, blocks, partition, context, first, 1.0, True)
+    return updates[0]
 
 
 class _Plain(LossWeighting):

@@ -29,11 +29,13 @@ class Partition:
             the whole parameter lies in one block.
         owners: optional ``[B]`` int64 tensor: the task (by its position in the step) that a block belongs to, -1
             where it belongs to nobody. Only connection strength uses it.
+        measured: positions of the parameters that count in the Gramian; None for all. Only GradNorm uses it.
     """
 
     count: int
     members: tuple[tuple[tuple[int, ...], Tensor], ...]
     owners: Tensor | None = None
+    measured: frozenset[int] | None = None
 
     @classmethod
     def by_model(cls, parameters: Sequence[Tensor]) -> Partition:
@@ -46,22 +48,24 @@ class Partition:
         return cls(len(parameters), tuple(((), torch.tensor(k)) for k in range(len(parameters))))
 
     @classmethod
-    def by_channel(cls, parameters: Sequence[Tensor]) -> Partition:
-        """One block per index of the first dimension (the output channel) of every parameter tensor."""
+    def by_channel(cls, parameters: Sequence[Tensor], dim: int = 0) -> Partition:
+        """One block per channel of every tensor: index of dimension ``dim`` (the last one where there are fewer)."""
         members, count = [], 0
         for p in parameters:
-            size = p.shape[0] if p.dim() else 1
+            where = min(dim, p.dim() - 1)
+            size = p.shape[where] if p.dim() else 1
             index = torch.arange(count, count + size)
-            members.append(((0,), index) if p.dim() else ((), index[0]))
+            members.append(((where,), index) if p.dim() else ((), index[0]))
             count += size
         return cls(count, tuple(members))
 
 
-def gramian(rows: Tensor) -> Tensor:
+def gramian(rows: Tensor, others: Tensor | None = None) -> Tensor:
     """Inner products of the rows of a matrix, accumulated in float64.
 
     Args:
         rows: ``[T, P]`` of any real floating dtype.
+        others: ``[T, P]`` to multiply them with; None for themselves.
 
     Returns:
         ``[T, T]`` float64 on the device of ``rows``. No float64 copy of ``rows`` is made.
@@ -72,11 +76,11 @@ def gramian(rows: Tensor) -> Tensor:
         [[1.0, 1.0], [1.0, 5.0]]
     """
     if rows.dtype == torch.float64:
-        return rows @ rows.T
+        return rows @ (rows if others is None else others).T
     total = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
-    for chunk in torch.split(rows, CHUNK, dim=1):
-        wide = chunk.double()
-        total.addmm_(wide, wide.T)
+    for start in range(0, rows.shape[1], CHUNK):
+        wide = rows[:, start : start + CHUNK].double()
+        total.addmm_(wide, (wide if others is None else others[:, start : start + CHUNK].double()).T)
     return total
 
 

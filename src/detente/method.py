@@ -14,25 +14,29 @@ import math
 import pkgutil
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from detente.gramian import Partition
+from detente.solvers import Array
 
 __all__ = [
     "Context",
+    "EpochWeighting",
     "GramianMethod",
     "LossWeighting",
     "Method",
     "Paper",
+    "Seeded",
+    "Session",
     "TaskHistory",
+    "TaskRows",
     "TaskScalars",
     "TaskWeights",
     "Update",
@@ -44,7 +48,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Paper:
-    """Where a method was published."""
+    """Where a method was published.
+
+    Attributes:
+        key, title, authors, venue, year: of the BibTeX entry.
+        arxiv: number of the preprint.
+        entry: type of the BibTeX entry: ``inproceedings``, ``article`` or ``misc`` (a preprint).
+    """
 
     key: str
     title: str
@@ -52,18 +62,20 @@ class Paper:
     venue: str
     year: int
     arxiv: str | None = None
+    entry: Literal["inproceedings", "article", "misc"] = "inproceedings"
 
     def bibtex(self) -> str:
         """The BibTeX entry."""
+        venue = {"inproceedings": "booktitle", "article": "journal", "misc": "howpublished"}[self.entry]
         lines = [
             f"title = {{{self.title}}}",
             f"author = {{{self.authors}}}",
-            f"booktitle = {{{self.venue}}}",
+            f"{venue} = {{{self.venue}}}",
             f"year = {{{self.year}}}",
         ]
         if self.arxiv:
             lines += [f"eprint = {{{self.arxiv}}}", "archivePrefix = {arXiv}"]
-        return f"@inproceedings{{{self.key},\n  " + ",\n  ".join(lines) + "\n}"
+        return f"@{self.entry}{{{self.key},\n  " + ",\n  ".join(lines) + "\n}"
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,10 @@ class Context:
         shares: ``[T]`` weights of the rows in the mean gradient when rows stand for groups of tasks
             (:class:`detente.Sampled`), else None.
         partition: the blocks of a block-wise step, else None.
-        blocks: positions of the given Gramians among the blocks of the step; None where all are given.
+        alive: ``[B, T]`` bool array, the tasks that take part in each block: those with a gradient, or all where
+            ``zero_rows="keep"``. Set for :meth:`GramianMethod.rule`.
+        cross: ``[B, T, T]`` products ``J1 J2'`` of the gradients of two independent batches, where the method asked
+            for several batches, else None.
         stats: what the method wants to report in :attr:`Update.stats`.
     """
 
@@ -84,19 +99,9 @@ class Context:
     losses: Tensor | None = None
     shares: Tensor | None = None
     partition: Partition | None = None
-    blocks: Tensor | None = None
+    alive: Array = None
+    cross: Tensor | None = None
     stats: dict[str, Any] = field(default_factory=dict)
-
-    def subset(self, keep: Tensor, blocks: Tensor | None = None) -> Context:
-        """The same step with only the tasks where ``keep`` (bool, ``[T]``) is true, on the blocks at ``blocks``."""
-        index = keep.nonzero().flatten()
-        return replace(
-            self,
-            tasks=tuple(self.tasks[i] for i in index.tolist()),
-            losses=None if self.losses is None else self.losses[index],
-            shares=None if self.shares is None else self.shares[index],
-            blocks=blocks,
-        )
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,42 @@ class Update:
     stats: dict[str, Any]
 
 
+class Session(Protocol):
+    """What :func:`detente.step` lays before a method's schedule."""
+
+    tasks: tuple[str, ...]
+    """Tasks of the last forward pass."""
+    parameters: list[Tensor]
+    """All parameters of the optimizer."""
+    descents: int
+    """Optimizer steps taken so far."""
+
+    def losses(self, tasks: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+        """A forward pass: the losses of the named tasks, or of all."""
+
+    def values(self) -> dict[str, float]:
+        """Loss values on the same batch with the parameters as they are now; draws the same random numbers."""
+
+    def resolve(self) -> Update:
+        """Zero the gradients, forward, and the method's update into ``.grad``."""
+
+    def descend(self) -> None:
+        """The optimizer's step."""
+
+    def one_by_one(self, tasks: Sequence[str]) -> Update:
+        """For each task in order: forward, its loss's own gradient, the optimizer's step."""
+
+    def gradients(self, losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> list[Tensor | None]:
+        """Gradient of the weighted sum of losses, one tensor per entry of ``parameters``."""
+
+    def virtual_step(self, gradients: Sequence[Tensor | None]) -> tuple[list[Tensor | None], float]:
+        """What plain gradient descent would add to each parameter, with the optimizer's momentum and weight decay,
+        and its learning rate."""
+
+    def moved(self, directions: Sequence[Tensor | None], length: float = 1.0) -> AbstractContextManager[None]:
+        """The parameters moved along the directions, inside a ``with`` block."""
+
+
 class Method(nn.Module, ABC):
     """Base of all methods: identity, declared properties, and state that saves, loads and resets.
 
@@ -128,24 +169,38 @@ class Method(nn.Module, ABC):
     """Name in the registry and on the command line."""
     paper: ClassVar[Paper]
     kind: ClassVar[str]
-    """``gramian``, ``losses`` or ``schedule``."""
+    """``gramian``, ``jacobian`` (sees the gradients themselves), ``losses`` or ``schedule``."""
     heads: str = "own"
     """Gradient of task-specific parameters: of the task's ``own`` loss, or of the ``weighted`` loss."""
     needs: frozenset[str] = frozenset()
-    """What must be at hand: ``gramian``, ``losses``, ``metrics``, ``epochs`` or ``model``."""
-    stochastic: ClassVar[bool] = False
-    nonconflicting: ClassVar[bool] = False
-    """The update has a non-negative product with every task gradient."""
-    permutation_equivariant: ClassVar[bool] = True
-    homogeneity: ClassVar[float | None] = 1.0
-    """k such that scaling all gradients by s scales the update by s**k; None where there is none."""
+    """What must be at hand: ``gramian``, ``losses``, ``losses after the step``, ``metrics``, ``epochs``, ``model``."""
     backwards: ClassVar[str] = "T"
     """Backward passes per step."""
+    memory: ClassVar[str] = "-"
+    """What the history holds, for T tasks, P shared parameters and B blocks."""
     state: ClassVar[tuple[str, ...]] = ()
     native_granularity: ClassVar[str] = "model"
 
+    # Declared properties: each picks a check of the conformance suite.
+    stochastic: ClassVar[bool] = False
+    nonconflicting: bool = False
+    """The update has a non-negative product with every task gradient."""
+    permutation_equivariant: ClassVar[bool] = True
+    """Permuting the tasks leaves the update as it was."""
+    homogeneity: float | None = 1.0
+    """k such that scaling all gradients by s scales the update by s**k; None where there is none."""
+    row_scale: Literal["invariant", "direction", "linear"] | None = None
+    """What scaling one task's gradient does: nothing; nothing to the direction; the update is a sum with one term
+    linear in each gradient; None: anything."""
+    exempt: ClassVar[Mapping[str, str]] = {}
+    """Checks of the conformance suite that cannot apply, each with the reason."""
+
+    per_parameter: ClassVar[bool] = False
+    """It looks at single parameters, or keeps something for each: gradients of features will not do."""
     requires_step: bool = False
-    """True where the schedule runs several optimizer steps: use :func:`detente.step`."""
+    """True where one backward pass cannot do what the method needs: use :func:`detente.step`."""
+    batches: int = 1
+    """Independent batches per step; with more than one :func:`detente.step` calls the closure that often."""
 
     def start(self) -> None:
         """Set the attributes in :attr:`state` to their first values."""
@@ -156,13 +211,18 @@ class Method(nn.Module, ABC):
             if isinstance(child, Method | TaskWeights):
                 child.next_epoch()
 
-    def sequential(self) -> bool:
-        """Whether the coming step of :func:`detente.step` runs the tasks one after another, one update each."""
-        return False
+    without_step: ClassVar[str] = ""
+    """What would do without :func:`detente.step`, for the error message."""
 
-    def sequential_tasks(self) -> tuple[str, ...]:
-        """The tasks that a sequential step runs through, in order."""
-        raise RuntimeError(f"{self.name} has no sequential schedule")
+    def why_step(self) -> str:
+        """Why :attr:`requires_step`, for the error message."""
+        return f"it compares {self.batches} batches." if self.batches > 1 else "its schedule is part of the method."
+
+    def take_step(self, session: Session) -> Update:
+        """One whole training step, from the forward pass to the optimizer: what :func:`detente.step` runs."""
+        update = session.resolve()
+        session.descend()
+        return update
 
     def reset(self) -> None:
         """Forget the history: the method is as new (random generators restart from their seed)."""
@@ -206,7 +266,7 @@ class Method(nn.Module, ABC):
 def _pack(value: Any) -> Any:
     if isinstance(value, torch.Generator):
         return value.get_state()
-    if isinstance(value, TaskScalars | TaskHistory):
+    if isinstance(value, TaskScalars | TaskHistory | TaskRows):
         return value.state_dict()
     return copy.deepcopy(value)
 
@@ -215,10 +275,23 @@ def _unpack(current: Any, saved: Any) -> Any:
     if isinstance(current, torch.Generator):
         current.set_state(saved)
         return current
-    if isinstance(current, TaskScalars | TaskHistory):
+    if isinstance(current, TaskScalars | TaskHistory | TaskRows):
         current.load_state_dict(saved)
         return current
     return copy.deepcopy(saved)
+
+
+class Seeded(Method):
+    """A method that draws random numbers, from a generator of its own that is part of its state."""
+
+    stochastic: ClassVar[bool] = True
+    state: ClassVar[tuple[str, ...]] = ("generator",)
+    memory: ClassVar[str] = "generator"
+    seed: int = 0
+
+    def start(self) -> None:
+        super().start()
+        self.generator = torch.Generator().manual_seed(self.seed)
 
 
 class GramianMethod(Method):
@@ -229,40 +302,47 @@ class GramianMethod(Method):
             ``"keep"`` applies the textbook rule to them.
         heads: override of the class's convention for task-specific parameters.
 
-    Subclasses implement :meth:`rule`, which sees finite float64 Gramians only.
+    Subclasses implement :meth:`rule`, which sees finite float64 Gramians only. Those that work on the gradients
+    themselves also implement :meth:`transform`, which rewrites the rows of J before their Gramian is taken.
+
+    The rule runs on the host, on NumPy arrays, whatever the device of the gradients: one small transfer each way. A
+    method without history that was moved, as in ``method.to("cuda")``, runs there instead and never waits for the host.
     """
 
     kind: ClassVar[str] = "gramian"
     needs: frozenset[str] = frozenset({"gramian"})
-    handles_zero_rows: ClassVar[bool] = False
-    """The rule itself gives zero rows no influence, so that dropping them would change nothing."""
+    own_weighting: LossWeighting | None = None
+    """A loss weighting that belongs to the method: it sees weighted losses and gradients."""
 
     def __init__(self, *, zero_rows: Literal["drop", "keep"] = "drop", heads: str | None = None) -> None:
         super().__init__()
         self.zero_rows = one_of("zero_rows", zero_rows, ("drop", "keep"))
         if heads is not None:
             self.heads = one_of("heads", heads, ("own", "weighted"))
+        self.register_buffer("_place", torch.empty(0), persistent=False)
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the rule runs on the device that the method was moved to."""
+        return not self.state and self._place.device.type != "cpu"
 
     @abstractmethod
-    def rule(self, gramian: Tensor, context: Context) -> Tensor:
-        """Coefficients ``[B, T]`` from finite float64 CPU Gramians ``[B, T, T]``."""
+    def rule(self, gramian: Array, context: Context) -> Array:
+        """Coefficients ``[B, T]`` from finite float64 Gramians ``[B, T, T]``, NumPy arrays or tensors on a device."""
 
-    def per_block(
-        self,
-        solve: Callable[[NDArray[np.float64]], tuple[NDArray[np.float64], bool]],
-        gramian: Tensor,
-        context: Context,
-    ) -> Tensor:
-        """Coefficients ``[B, T]`` from a solver of one ``[T, T]`` block that says whether it was exact."""
-        solved = [solve(block) for block in gramian.numpy()]
-        warn_unsolved(self, context, sum(not exact for _, exact in solved))
-        return torch.stack([torch.from_numpy(weights) for weights, _ in solved])
+    def transform(self, rows: Sequence[Tensor], context: Context) -> None:
+        """Rewrite the task gradients in place: ``[T, P_k]`` for each buffer k, finite, unscaled."""
+
+    @property
+    def transforms(self) -> bool:
+        """Whether the method rewrites the task gradients."""
+        return type(self).transform is not GramianMethod.transform
 
     def observe(self, gramian: Tensor, context: Context) -> None:
         """Take the step into the history; sees all tasks, also those with a zero gradient."""
 
     def prepare(self, context: Context) -> Context:
-        """Add what the rule needs of all tasks of the step, before those with a zero gradient are left out."""
+        """Add what the rule needs of the losses, such as the weights of a centre."""
         return context
 
     def check(self, context: Context) -> None:
@@ -276,8 +356,8 @@ class GramianMethod(Method):
             context: names, losses and blocks of the step; made up from positions when left out.
 
         Returns:
-            ``[*blocks, T]`` float64 on the CPU. NaN, with the history untouched, where the Gramian or a needed
-            loss is not finite.
+            ``[*blocks, T]`` float64, on the CPU (where the method was moved to a device: on that of ``gramian``). NaN,
+            with the history untouched, where the Gramian or a needed loss is not finite.
 
         Raises:
             ValueError: the Gramian is not square, or the method needs losses and got none.
@@ -288,33 +368,50 @@ class GramianMethod(Method):
         context = context or Context(tuple(str(i) for i in range(count)))
         if len(context.tasks) != count:
             raise ValueError(f"gramian is for {count} tasks but {len(context.tasks)} were named: {context.tasks}.")
-        self.check(context)
+        device = gramian.device if self.on_device else torch.device("cpu")
+        if not self.on_device:
+            self.check(context)
         need_losses(self, context)
         if gramian.numel() == 0:
-            return gramian.new_zeros(gramian.shape[:-1], dtype=torch.float64, device="cpu")
-        flat = gramian.detach().to("cpu", torch.float64).reshape(-1, count, count)
-        values_ok = context.losses is None or bool(context.losses.isfinite().all())
-        if not (values_ok and bool(flat.isfinite().all())):
+            return gramian.new_zeros(gramian.shape[:-1], dtype=torch.float64, device=device)
+        flat = gramian.detach().to(device, torch.float64).reshape(-1, count, count)
+        finite = flat.isfinite().all()
+        if context.losses is not None:
+            finite = finite & context.losses.isfinite().all().to(device)
+        if self.on_device:
+            flat = torch.where(finite, flat, torch.eye(count, dtype=torch.float64, device=device))
+        elif not bool(finite):
             return torch.full(gramian.shape[:-1], math.nan, dtype=torch.float64)
         self.observe(flat, context)
         context = self.prepare(context)
-        return self._solve(flat, context).reshape(gramian.shape[:-1])
+        values: Array = flat if self.on_device else flat.numpy()
+        nonzero = values.diagonal(0, -2, -1) > 0
+        kept = nonzero if self.zero_rows == "drop" else nonzero | True
+        result = self.rule(values, replace(context, alive=kept))
+        result = (result if isinstance(result, Tensor) else torch.from_numpy(result)).masked_fill(
+            ~torch.as_tensor(kept), 0.0
+        )
+        if self.on_device:
+            result = torch.where(finite, result, math.nan)
+        elif self.zero_rows == "drop" and not nonzero.all():
+            context.stats["dropped"] = [t for t, k in zip(context.tasks, nonzero.any(0).tolist(), strict=True) if not k]
+        return result.reshape(gramian.shape[:-1])
 
-    def _solve(self, flat: Tensor, context: Context) -> Tensor:
-        if self.handles_zero_rows or self.zero_rows == "keep":
-            return self.rule(flat, context)
-        kept = flat.diagonal(dim1=-2, dim2=-1) > 0
-        if bool(kept.all()):
-            return self.rule(flat, context)
-        context.stats["dropped"] = [t for t, k in zip(context.tasks, kept.any(0).tolist(), strict=True) if not k]
-        result = flat.new_zeros(flat.shape[:-1])
-        for keep in torch.unique(kept, dim=0):
-            blocks = (kept == keep).all(1).nonzero()
-            rows = keep.nonzero().flatten()
-            if len(rows):
-                part = flat[blocks[:, :, None], rows[None, :, None], rows[None, None, :]]
-                result[blocks, rows[None, :]] = self.rule(part, context.subset(keep, blocks.flatten()))
-        return result
+    def solved(self, found: tuple[Array, Array], context: Context) -> Array:
+        """The answer of a solver; blocks that it could not certify are counted, and warned about once."""
+        answer, exact = found
+        if isinstance(exact, Tensor):
+            context.stats["unsolved"] = (~exact).sum()  # read by whoever may wait for the device
+        elif not exact.all():
+            count = int((~exact).sum())
+            context.stats["unsolved"] = context.stats.get("unsolved", 0) + count
+            warnings.warn(
+                f"{self.name}: the solver stopped short of its tolerance on {count} block(s); "
+                "the best feasible point is used. See update.stats['unsolved'].",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return answer
 
     def sampling_shares(self, context: Context) -> Tensor:
         """Weights ``[T]`` of the tasks in the mean gradient, for :class:`detente.Sampled`."""
@@ -329,7 +426,7 @@ class LossWeighting(Method):
     kind: ClassVar[str] = "losses"
     heads: str = "weighted"
     needs: frozenset[str] = frozenset({"losses"})
-    homogeneity: ClassVar[float | None] = None
+    homogeneity: float | None = None
     backwards: ClassVar[str] = "1"
     positive_losses: ClassVar[bool] = False
 
@@ -370,6 +467,33 @@ class LossWeighting(Method):
             return torch.full_like(values, math.nan)
         self.check(context)
         return self.rule(values, context)
+
+
+class EpochWeighting(LossWeighting):
+    """Weights from each task's mean losses of past epochs.
+
+    Args:
+        window: steps that count as an epoch, for loops without epochs; None: :meth:`next_epoch` ends it.
+    """
+
+    needs: frozenset[str] = frozenset({"losses", "epochs"})
+    memory: ClassVar[str] = "T epoch means"
+    state: ClassVar[tuple[str, ...]] = ("history",)
+    depth: ClassVar[int] = 1
+    """How many finished epochs are remembered."""
+
+    def __init__(self, window: int | None = None) -> None:
+        super().__init__()
+        self.window = None if window is None else int(at_least("window", window, 1))
+        self.start()
+
+    def start(self) -> None:
+        super().start()
+        self.history = TaskHistory(self.depth, self.window)
+
+    def next_epoch(self) -> None:
+        self.history.close()
+        super().next_epoch()
 
 
 Weights: TypeAlias = "Sequence[float] | Tensor | Mapping[str, float] | LossWeighting | None"
@@ -509,23 +633,58 @@ class TaskHistory:
         self.open, self.closed, self.steps = saved["open"], saved["closed"], saved["steps"]
 
 
+class TaskRows:
+    """A vector of the shared parameters per task, kept by task name: the history of methods that track gradients.
+
+    Attributes:
+        rows: ``{task: [one flat tensor per buffer of J]}``.
+    """
+
+    def __init__(self) -> None:
+        self.rows: dict[str, list[Tensor]] = {}
+
+    def read(self, task: str, like: Sequence[Tensor], what: str) -> list[Tensor]:
+        """The task's vector, zeros at first, on the devices of ``like`` (this step's gradient of the task)."""
+        kept = self.rows.get(task)
+        if kept is None:
+            return [torch.zeros_like(part) for part in like]
+        if [len(part) for part in kept] != [len(part) for part in like]:
+            raise ValueError(
+                f"{what} keeps a vector of {sum(map(len, kept))} shared parameters for task {task!r}, and the step has "
+                f"{sum(map(len, like))}. Keep the set of shared parameters (pass shared=...), or call method.reset()."
+            )
+        return [part.to(new.device, new.dtype) for part, new in zip(kept, like, strict=True)]
+
+    def write(self, task: str, parts: Sequence[Tensor]) -> None:
+        """Replace the task's vector by copies of ``parts``."""
+        self.rows[task] = [part.clone() for part in parts]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {task: [part.clone() for part in parts] for task, parts in self.rows.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.rows = {task: [part.clone() for part in parts] for task, parts in state.items()}
+
+
 class TaskScalars:
     """One learned number per task, kept by task name and moved by Adam.
 
     Args:
         init: starting value.
         lr: learning rate of Adam.
+        weight_decay: of Adam.
     """
 
-    def __init__(self, init: float, lr: float) -> None:
+    def __init__(self, init: float, lr: float, weight_decay: float = 0.0) -> None:
         self.init = init
         self.lr = lr
+        self.weight_decay = weight_decay
         self.values: dict[str, Tensor] = {}
         self.optimizers: dict[str, torch.optim.Adam] = {}
 
     def _add(self, task: str, value: float) -> None:
         self.values[task] = torch.tensor(value, dtype=torch.float64)
-        self.optimizers[task] = torch.optim.Adam([self.values[task]], lr=self.lr)
+        self.optimizers[task] = torch.optim.Adam([self.values[task]], lr=self.lr, weight_decay=self.weight_decay)
 
     def read(self, tasks: Sequence[str]) -> Tensor:
         """Current values ``[T]``, float64; a task seen for the first time starts at ``init``."""
@@ -572,18 +731,6 @@ def at_least(what: str, value: float, low: float, *, strict: bool = False) -> fl
     if not (math.isfinite(value) and (value > low if strict else value >= low)):
         raise ValueError(f"{what} must be a finite number {'>' if strict else '>='} {low:g}; got {value!r}.")
     return value
-
-
-def warn_unsolved(method: Method, context: Context, count: int) -> None:
-    """Count solves that stopped short of their tolerance, and say so once per call site."""
-    if count:
-        context.stats["unsolved"] = context.stats.get("unsolved", 0) + count
-        warnings.warn(
-            f"{method.name}: the solver stopped short of its tolerance on {count} block(s); "
-            "the best feasible point is used. See update.stats['unsolved'].",
-            RuntimeWarning,
-            stacklevel=3,
-        )
 
 
 @cache

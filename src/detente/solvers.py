@@ -1,75 +1,353 @@
-"""Exact solvers for the T x T problems behind the methods, in float64.
+"""Exact solvers for the T x T problems behind the methods, in float64, batched over blocks.
 
-Each works on the Gramian divided by the gradients' norms (the cosines), so that no result depends on the scale of a
-gradient. All rest on one active-set solver, :func:`cone`. Arrays are NumPy: these problems are tiny, and NumPy's
-cost per call is a third of PyTorch's.
+All work on the Gramian divided by the gradients' norms (the cosines), so that no result depends on the scale of a
+gradient, and all take ``[B, T, T]`` arrays of NumPy or of PyTorch. NumPy, whose calls cost a third of PyTorch's on such
+tiny problems, is what runs on the host: loops end as soon as every block meets its tolerance, and a block that a fast
+pivoting scheme cannot certify goes through a slower one that copes with every degeneracy. PyTorch tensors stay on
+their device: a fixed number of iterations, nothing that waits for the host, and a flag for blocks left uncertified.
+
+Optimality is checked, not assumed: a solution counts as exact when its KKT conditions hold up to rounding.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-__all__ = ["Cone", "ball", "cone", "min_norm", "norms_and_cosines", "projected"]
+__all__ = [
+    "EPS",
+    "Array",
+    "Cone",
+    "any_of",
+    "ball",
+    "bargain",
+    "cone",
+    "diagonal",
+    "equal_products",
+    "flip",
+    "floor",
+    "identity",
+    "least",
+    "like",
+    "min_norm",
+    "most",
+    "namespace",
+    "normalised",
+    "on_simplex",
+    "projected",
+    "simplex_qp",
+    "spectrum",
+    "times",
+    "total",
+    "unit",
+]
 
-Array = NDArray[np.float64]
+Array: TypeAlias = Any
+"""A NumPy array or a PyTorch tensor; a function returns the kind it was given."""
 
 EPS = float(np.finfo(np.float64).eps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What NumPy and PyTorch do not call by one name
+
+
+def namespace(array: Array) -> Any:
+    """The module whose functions work on ``array``."""
+    return torch if isinstance(array, Tensor) else np
+
+
+def like(reference: Array, values: Any) -> Array:
+    """``values`` as a float64 array of the kind, and on the device, of ``reference``."""
+    if isinstance(reference, Tensor):
+        return torch.as_tensor(values, dtype=torch.float64, device=reference.device)
+    if isinstance(values, Tensor):
+        return values.detach().cpu().double().numpy()
+    return np.asarray(values, dtype=np.float64)
+
+
+def identity(reference: Array) -> Array:
+    """Bool ``[T, T]`` that is true on the diagonal, T the last dimension of ``reference``."""
+    count = reference.shape[-1]
+    return torch.eye(count, dtype=torch.bool, device=reference.device) if isinstance(reference, Tensor) else _eye(count)
+
+
+@cache
+def _eye(count: int) -> NDArray[np.bool_]:
+    return np.eye(count, dtype=bool)
+
+
+def flip(array: Array) -> Array:
+    """The last dimension reversed."""
+    return array.flip(-1) if isinstance(array, Tensor) else array[..., ::-1]
+
+
+def diagonal(matrix: Array) -> Array:
+    """``[..., T]`` of ``[..., T, T]``."""
+    return namespace(matrix).diagonal(matrix, 0, -2, -1)
+
+
+def times(matrix: Array, vector: Array) -> Array:
+    """Matrix times vector, per block."""
+    return (matrix @ vector[..., None])[..., 0]
+
+
+def total(array: Array) -> Array:
+    """Sum over the last dimension, which is kept."""
+    return array.sum(-1)[..., None]
+
+
+def any_of(array: Array) -> Array:
+    """Whether anything is true along the last dimension."""
+    return array.any(-1)
+
+
+def floor(array: Array, low: float) -> Array:
+    """Nothing below ``low``."""
+    return array.clamp_min(low) if isinstance(array, Tensor) else np.maximum(array, low)
+
+
+def least(array: Array) -> Array:
+    """Minimum over the last dimension."""
+    return array.amin(-1) if isinstance(array, Tensor) else array.min(-1)
+
+
+def most(array: Array) -> Array:
+    """Maximum over the last dimension."""
+    return array.amax(-1) if isinstance(array, Tensor) else array.max(-1)
+
+
+def _positions(array: Array) -> Array:
+    """0 to T - 1 along the last dimension."""
+    count = array.shape[-1]
+    return torch.arange(count, device=array.device) if isinstance(array, Tensor) else np.arange(count)
+
+
+def _finished(done: Array) -> bool:
+    """Whether a loop may end: known on the host only."""
+    return not isinstance(done, Tensor) and bool(done.all())
+
+
+def _linear(matrix: Array, right: Array) -> Array:
+    if isinstance(matrix, Tensor):
+        return torch.linalg.solve_ex(matrix, right)[0]
+    try:
+        return np.linalg.solve(matrix, right)
+    except np.linalg.LinAlgError:
+        jitter = 64 * EPS * matrix.shape[-1] * np.eye(matrix.shape[-1])
+        return np.linalg.solve(matrix + jitter, right)
+
+
+def unit(gramian: Array) -> tuple[Array, Array]:
+    """Norms ``[B, T]`` and cosines ``[B, T, T]`` of the gradients behind a Gramian.
+
+    A zero gradient has norm 1 here and is orthogonal to all others, so that no division fails.
+    """
+    xp = namespace(gramian)
+    square = diagonal(gramian)
+    norms = xp.sqrt(xp.where(square > 0, square, 1.0))
+    cosine = gramian / norms[..., :, None] / norms[..., None, :]
+    return norms, xp.where(identity(gramian), 1.0, xp.clip(cosine, -1.0, 1.0))
+
+
+def normalised(weights: Array, alive: Array) -> Array:
+    """Weights ``[B, T]`` of the living tasks divided by their sum; equal where they are all zero."""
+    xp = namespace(weights)
+    kept = xp.where(alive, weights, 0.0)
+    kept = xp.where(total(kept) > 0, kept, alive * 1.0)
+    return kept / floor(total(kept), EPS**8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pivoting: solve on a guess of the active set, flip what has the wrong sign, until nothing has
+
+
+class _Trial(NamedTuple):
+    """What a guess of the active set gives: ``y`` [B, T], its slack (of inactive rows) and the noise in the slack."""
+
+    y: Array
+    slack: Array
+    noise: Array
+
+
+def _reduced(cosine: Array, right: Array, free: Array) -> Array:
+    """``x`` [B, T, k] with ``C x = right`` on the free rows and 0 elsewhere."""
+    count = free.shape[-1]
+    if isinstance(cosine, np.ndarray) and count > 16:
+        # the active sets are often much smaller than T, and the cost grows with the cube
+        size = max(int(free.sum(-1).max()), 1)
+        order = np.argsort(~free, -1, kind="stable")[:, :size]
+        here = np.take_along_axis(free, order, -1)
+        block = np.arange(len(free))[:, None] if len(cosine) > 1 else np.zeros((len(free), 1), dtype=int)
+        sub = cosine[block[:, :, None], order[:, :, None], order[:, None, :]]
+        packed = _masked(sub, np.take_along_axis(right, order[..., None], 1), here)
+        result = np.zeros_like(right)
+        np.put_along_axis(result, order[..., None], packed, 1)
+        return result
+    return _masked(cosine, right, free)
+
+
+def _masked(cosine: Array, right: Array, free: Array) -> Array:
+    xp = namespace(cosine)
+    wanted = free[..., None] * right
+    matrix = xp.where(identity(free), 1.0, (free[..., :, None] & free[..., None, :]) * cosine)
+    singular: Array = 1.0
+    if xp is np:
+        try:
+            return np.linalg.solve(matrix, wanted)
+        except np.linalg.LinAlgError:  # no other block of the batch may feel it
+            singular = (np.linalg.slogdet(matrix)[0] == 0)[:, None, None]
+    # a tiny addition makes duplicates solvable (they share equally); one refinement takes its effect on others out
+    raised = matrix + 16 * EPS * free.shape[-1] * singular * identity(free)
+    first = _linear(raised, wanted)
+    return first + _linear(raised, wanted - matrix @ first)
+
+
+def _pivot(free: Array, evaluate: Callable[[Any, Array], _Trial], cap: int) -> tuple[Array, Array]:
+    """Block principal pivoting (Judice and Pires 1994): ``y`` [B, T], and which blocks are feasible and complementary.
+
+    ``evaluate(rows, free)`` solves the blocks at ``rows``. All wrong signs are flipped at once; where that stops making
+    progress three times, one at a time (Murty), which ends for every regular problem.
+    """
+    xp = namespace(free)
+    host = xp is np
+    y = xp.zeros_like(free, dtype=xp.float64)
+    solved = xp.zeros_like(free[:, 0])
+    rows: Any = np.arange(len(free)) if host else slice(None)
+    fewest = xp.full_like(y[:, 0], free.shape[-1] + 1.0)
+    patience = xp.full_like(fewest, 3.0)
+    place = _positions(free)
+    for _ in range(cap):
+        with np.errstate(all="ignore"):  # a bad guess may overflow; what counts is checked at the end
+            trial = evaluate(rows, free)
+        wrong = xp.where(free, ~(trial.y >= 0), trial.slack < -trial.noise)
+        bad = any_of(wrong)
+        y[rows] = trial.y
+        solved[rows] = ~bad
+        if host:
+            if not bad.any():
+                break
+            if not bad.all():
+                rows, free, wrong, fewest, patience = rows[bad], free[bad], wrong[bad], fewest[bad], patience[bad]
+        count = wrong.sum(-1) * 1.0
+        better = count < fewest
+        patience = xp.where(better, 3.0, patience - 1)
+        fewest = xp.where(better, count, fewest)
+        last = most(xp.where(wrong, place, -1))
+        change = wrong & ((patience >= 0)[:, None] | (place == last[:, None]))
+        free = free ^ change
+    finite = xp.isfinite(y).all(-1)
+    return xp.where(finite[:, None], y, 0.0), solved & finite
+
+
+def _cap(count: int) -> int:
+    return 40 + 2 * count
 
 
 class Cone(NamedTuple):
     """Solution of :func:`cone`.
 
     Attributes:
-        y: ``[T]`` minimiser; where the problem is unbounded, a ray along which it falls for ever (sum 1).
-        bounded: whether a minimiser exists.
-        active: ``[T]`` bool, where ``y`` is free (positive).
-        exact: False where the iteration cap was hit; ``y`` is then feasible but not optimal.
+        y: ``[B, T]`` minimiser; where the problem is unbounded, a ray along which it falls for ever (sum 1).
+        bounded: ``[B]`` bool, whether a minimiser exists.
+        exact: ``[B]`` bool, whether the KKT conditions hold up to rounding.
     """
 
     y: Array
-    bounded: bool
-    active: NDArray[np.bool_]
-    exact: bool
+    bounded: Array
+    exact: Array
 
 
-def norms_and_cosines(gramian: Array) -> tuple[Array, Array]:
-    """Norms ``[T]`` and cosines ``[T, T]`` of a Gramian without zero rows; the diagonal is exactly 1."""
-    norms = np.sqrt(np.diagonal(gramian))
-    cosine = gramian / norms[:, None] / norms[None, :]
-    np.fill_diagonal(cosine, 1.0)
-    return norms, cosine
+def cone(cosine: Array, target: Array) -> Cone:
+    """Minimise ``0.5 y'Cy - q'y`` over ``y >= 0``: non-negative least squares in Gramian form.
 
-
-def cone(cosine: Array, target: Array, start: NDArray[np.bool_] | None = None) -> Cone:
-    """Minimise ``0.5 y'Cy - q'y`` over ``y >= 0``: the point of a polyhedral cone's dual closest to the origin.
-
-    With unit vectors ``u_i`` and ``C = U U'``, ``d = U'y`` is the shortest vector with ``U d >= q``. An active-set
-    method (Lawson and Hanson 1974, in Gramian form) that also handles dependent rows: a row inside the span of the
-    active ones moves along the null direction until another row leaves, or for ever, in which case no ``d`` exists.
+    With unit vectors ``u_i`` and ``C = U U'``, ``d = U'y`` is the shortest vector with ``U d >= q``: the projection of
+    the origin on a polyhedron, and for ``q = -U g`` the correction that projects ``g`` on the cone ``{d : U d >= 0}``.
 
     Args:
-        cosine: ``[T, T]`` positive semidefinite C with unit diagonal.
-        target: ``[T]`` q, of any scale.
-        start: ``[T]`` bool guess of the active set (a warm start).
+        cosine: ``[B, T, T]`` (or ``[1, T, T]`` for all) positive semidefinite C with unit diagonal.
+        target: ``[B, T]`` q, of any scale. A row with ``q_i <= 0`` that is orthogonal to all others stays at 0.
+    """
+    xp = namespace(cosine)
+    shared = len(cosine) == 1
+    magnitude = xp.abs(cosine)
+    count = target.shape[-1]
+
+    def part(matrix: Array, rows: Any) -> Array:
+        return matrix if shared else matrix[rows]
+
+    def evaluate(rows: Any, free: Array) -> _Trial:
+        matrix, q = part(cosine, rows), target[rows]
+        y = _reduced(matrix, q[..., None], free)[..., 0]
+        noise = 8 * EPS * count * (xp.abs(q) + times(part(magnitude, rows), xp.abs(y)))
+        return _Trial(y, times(matrix, y) - q, noise)
+
+    y, solved = _pivot(_guess(cosine, target), evaluate, _cap(count))
+    product = times(cosine, y)
+    noise = 8 * EPS * count * (xp.abs(target) + times(magnitude, xp.abs(y)))
+    residual = xp.abs(xp.where(y > 0, product - target, 0.0))
+    # a solution so long that rounding drowns the target is a ray in disguise
+    sure = most(noise) <= 0.1 * most(xp.abs(target))
+    fine = solved & ~any_of((residual > noise) | (y < 0)) & sure
+    positive = floor(y, 0.0)
+    ray = positive / floor(total(positive), EPS**8)
+    endless = ~fine & ~any_of(xp.abs(times(cosine, ray)) > 16 * EPS * count) & (most(positive) > 0)
+    endless = endless & ((ray * target).sum(-1) > 0)
+    y = _even(cosine, target, xp.where(endless[:, None], ray, positive))
+    if not isinstance(y, Tensor):
+        for b in np.flatnonzero(~(fine | endless)):
+            y[b], bounded, fine[b] = _active_set(cosine[0 if shared else b], target[b])
+            endless[b] = not bounded
+    return Cone(y, ~endless, fine | endless)
+
+
+def _guess(cosine: Array, target: Array) -> Array:
+    """Where to start pivoting; for many large problems with one matrix, a few accelerated gradient steps pay."""
+    if isinstance(cosine, Tensor) or len(cosine) > 1 or len(target) < 16:
+        return target > 0
+    matrix = cosine[0]
+    rate = 1 / max(float(np.abs(matrix).sum(1).max()), 1.0)
+    y = np.maximum(target, 0.0)
+    before, ahead = y, y
+    for k in range(40):
+        y = np.maximum(ahead + rate * (target - ahead @ matrix), 0.0)
+        ahead = y + k / (k + 3) * (y - before)
+        before = y
+    return y > 0
+
+
+def _even(cosine: Array, target: Array, y: Array) -> Array:
+    """The same minimiser with equal shares for rows that are copies of each other."""
+    xp = namespace(cosine)
+    copies = (cosine > 1 - 1e-13) | identity(cosine)
+    if _finished(copies == identity(cosine)):
+        return y
+    close = xp.abs(target[..., :, None] - target[..., None, :]) <= 1e-10 * xp.abs(target[..., :, None])
+    same = (copies & close | identity(cosine)) * 1.0
+    return times(same, y / same.sum(-2))
+
+
+def _active_set(cosine: NDArray[np.float64], target: NDArray[np.float64]) -> tuple[NDArray[np.float64], bool, bool]:
+    """:func:`cone` for one block by adding one row at a time (Lawson and Hanson 1974): slower, copes with everything.
+
+    A row inside the span of the active ones moves along the null direction until another row leaves, or for ever, in
+    which case no minimiser exists.
 
     Returns:
-        A :class:`Cone`; optimality holds up to rounding, row by row.
+        ``y``, whether a minimiser exists, and whether it is exact.
     """
     count = len(target)
     magnitude = np.abs(cosine)
     crowd = cosine.sum(1)  # breaks ties by who conflicts most, not by position
     y = np.zeros(count)
     active: list[int] = []
-    if start is not None and start.any():
-        guess = np.flatnonzero(start)
-        solved, regular = _solve(cosine[np.ix_(guess, guess)], target[guess])
-        if regular and solved.min() > 0:
-            y[guess] = solved
-            active = guess.tolist()
     rejected: set[int] = set()
     for _ in range(20 * count + 50):
         slack = target - cosine @ y
@@ -78,30 +356,22 @@ def cone(cosine: Array, target: Array, start: NDArray[np.bool_] | None = None) -
         candidate[active] = False
         candidate[list(rejected)] = False
         if not candidate.any():
-            return Cone(_even(cosine, target, y), True, y > 0, True)
+            return _even(cosine[None], target[None], y[None])[0], True, True
         largest = slack[candidate].max()
         tied = candidate & (slack >= largest - noise)
         new = int(np.argmin(np.where(tied, crowd, math.inf)))
         before = y.copy()
         ray = _enter(cosine, target, y, active, new)
         if ray is not None:
-            return Cone(ray, False, ray > 0, True)
+            return ray, False, True
         if np.array_equal(before, y):
             rejected.add(new)
         else:
             rejected.clear()
-    return Cone(y, True, y > 0, False)
+    return y, True, False
 
 
-def _even(cosine: Array, target: Array, y: Array) -> Array:
-    """The same minimiser with equal shares for rows that are copies of each other."""
-    same = (cosine > 1 - 1e-13) & (np.abs(target[:, None] - target) <= 1e-10 * np.abs(target))
-    if np.count_nonzero(same) == len(y):
-        return y
-    return np.asarray(same @ (y / same.sum(0)))
-
-
-def _solve(matrix: Array, target: Array) -> tuple[Array, bool]:
+def _solve_one(matrix: Array, target: Array) -> tuple[Array, bool]:
     """Solution of a symmetric system, and whether the matrix was regular (else the least-squares solution)."""
     try:
         return np.asarray(np.linalg.solve(matrix, target), np.float64), True
@@ -113,7 +383,7 @@ def _enter(cosine: Array, target: Array, y: Array, active: list[int], new: int) 
     """Let row ``new`` into the active set and minimise there, in place; a ray where that has no end."""
     index = np.array(active, dtype=np.intp)
     if len(index):
-        against, regular = _solve(cosine[np.ix_(index, index)], cosine[index, new])
+        against, regular = _solve_one(cosine[np.ix_(index, index)], cosine[index, new])
         size = 1 + float(np.abs(against).sum())
         # the cosines carry errors of about EPS, so the squared distance from the span carries EPS * size**2
         if not regular or 1 - cosine[index, new] @ against <= 64 * EPS * size**2:
@@ -133,7 +403,7 @@ def _enter(cosine: Array, target: Array, y: Array, active: list[int], new: int) 
     active.append(new)
     while active:
         index = np.array(active, dtype=np.intp)
-        best, _ = _solve(cosine[np.ix_(index, index)], target[index])
+        best, _ = _solve_one(cosine[np.ix_(index, index)], target[index])
         if best.min() > 0:
             y[index] = best
             return None
@@ -149,116 +419,448 @@ def _enter(cosine: Array, target: Array, y: Array, active: list[int], new: int) 
     return None
 
 
-def min_norm(gramian: Array) -> tuple[Array, bool]:
-    """Weights ``[T]`` on the simplex of the shortest vector in the convex hull of the gradients (MGDA's problem).
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights on the simplex
+
+
+def min_norm(gramian: Array, alive: Array) -> tuple[Array, Array]:
+    """Weights ``[B, T]`` on the simplex of the shortest vector in the convex hull of the gradients (MGDA's problem).
 
     Args:
-        gramian: ``[T, T]``, any scale; a zero row takes all the weight.
+        gramian: ``[B, T, T]``, any scale; a zero row among the living takes all the weight.
+        alive: ``[B, T]`` bool, the tasks that take part.
 
     Returns:
-        The weights, and whether they are exact. The shortest vector is ``J.T @ weights``.
+        The weights, and whether each block is exact. The shortest vector is ``J.T @ weights``.
     """
-    zero = np.diagonal(gramian) <= 0
-    if zero.any():
-        return zero / zero.sum(), True
-    if len(gramian) == 2:
-        (a, b), (_, d) = gramian
+    xp = namespace(gramian)
+    square = diagonal(gramian)
+    norms, cosine = unit(gramian)
+    zero = alive & (square <= 0)
+    if gramian.shape[-1] == 2:
         # each weight from its own numerator, so that neither loses digits beside the other
-        pull = np.maximum(np.array([d - b, a - b]), 0.0)
-        return (pull / pull.sum() if pull.sum() > 0 else np.array([0.5, 0.5])), True
-    norms, cosine = norms_and_cosines(gramian)
-    solution = cone(cosine, norms.min() / norms)
-    weights = solution.y / (norms / norms.min())
-    return weights / weights.sum(), solution.exact
+        pull = floor(flip(square) - gramian[..., 0, 1][..., None], 0.0)
+        weights = normalised(pull, alive)
+        exact = weights[..., 0] >= 0
+    else:
+        shortest = least(xp.where(alive, norms, math.inf))[..., None]
+        inverse = xp.where(xp.isfinite(shortest), shortest, 1.0) / norms
+        solution = cone(cosine, xp.where(alive, inverse, -1.0))
+        weights, exact = normalised(solution.y * inverse, alive), solution.exact
+    return xp.where(any_of(zero)[..., None], normalised(zero * 1.0, zero), weights), exact
 
 
-def projected(gramian: Array, centre: Array) -> tuple[Array, bool]:
-    """Coefficients ``[T]`` of the point closest to ``J.T @ centre`` that conflicts with no gradient.
-
-    The projection of the centre on ``{d : J d >= 0}`` (DualProj; Quinton and Rey 2024).
-    """
-    return _level(gramian, centre, 0.0)
-
-
-def _level(gramian: Array, centre: Array, level: float) -> tuple[Array, bool]:
-    keep = np.diagonal(gramian) > 0
-    part = gramian[np.ix_(keep, keep)]
-    norms, cosine = norms_and_cosines(part)
-    solution = cone(cosine, (level - (gramian @ centre)[keep]) / norms)
-    result = centre.copy()
-    result[keep] += solution.y / norms
-    return result, solution.exact
-
-
-def ball(gramian: Array, centre: Array, radius: float) -> tuple[Array, bool]:
-    """Coefficients of the vector in a ball that improves the worst-off task most (CAGrad's problem).
-
-    Maximises ``min_i g_i . d`` subject to ``||d - g0|| <= r`` with ``g0 = J.T @ centre`` and ``r = radius ||g0||``.
-    Instead of the dual over the simplex this solves for the level ``v = min_i g_i . d``: the shortest step from
-    ``g0`` to ``{d : J d >= v}`` is a :func:`cone` problem, its length grows with v, and on one active set it is the
-    root of a quadratic. The active sets are walked by safeguarded Newton until the length is r. Where the gradients
-    have 0 in their convex hull no level above 0 can be reached, and the walk ends at the projection of ``g0`` on
-    ``{d : J d >= 0}``.
+def simplex_qp(cosine: Array, linear: Array, shares: Array) -> tuple[Array, Array]:
+    """Minimise ``0.5 y'Cy + b'y`` over ``y >= 0`` with ``a'y = 1``; a non-zero minimiser exists for every C >= 0.
 
     Args:
-        gramian: ``[T, T]``, any scale.
-        centre: ``[T]`` weights of the ball's centre.
-        radius: c, in units of the centre's length.
+        cosine: ``[B, T, T]`` positive semidefinite with unit diagonal.
+        linear: ``[B, T]`` b.
+        shares: ``[B, T]`` a, positive; 0 leaves a row out.
 
     Returns:
-        Coefficients ``[T]`` and whether they are exact.
+        ``y``, and whether each block is exact.
     """
-    product = gramian @ centre
-    squared = float(centre @ product)
-    r = radius * math.sqrt(max(squared, 0.0))
-    if r == 0:
-        return centre.copy(), True
-    keep = np.diagonal(gramian) > 0
-    norms, cosine = norms_and_cosines(gramian[np.ix_(keep, keep)])
-    pull = product[keep] / norms
-    inverse = 1 / norms
+    xp = namespace(cosine)
+    count = linear.shape[-1]
+    magnitude = xp.abs(cosine)
+    alive = shares > 0
+    apart = identity(cosine)
 
-    def step(level: float, start: NDArray[np.bool_] | None) -> Cone:
-        return cone(cosine, level * inverse - pull, start)
+    def evaluate(rows: Any, free: Array) -> _Trial:
+        matrix, b, a = cosine[rows], linear[rows], shares[rows]
+        none = ~any_of(free)
+        best = xp.where(a > 0, b / xp.where(a > 0, a, 1.0), math.inf)
+        free = xp.where(none[:, None], best <= least(best)[:, None], free)
+        both = _reduced(matrix, xp.stack([a, b], -1), free)
+        level = (1 + (a * both[..., 1]).sum(-1)) / (a * both[..., 0]).sum(-1)
+        y = level[:, None] * both[..., 0] - both[..., 1]
+        slack = xp.where(a > 0, times(matrix, y) + b - level[:, None] * a, 1.0)
+        noise = 8 * EPS * count * (xp.abs(b) + xp.abs(level)[:, None] * a + times(magnitude[rows], xp.abs(y)))
+        return _Trial(y, slack, noise)
 
-    def finish(y: Array, exact: bool) -> tuple[Array, bool]:
-        result = centre.copy()
-        result[keep] += y / norms
-        return result, exact
+    y, solved = _pivot(alive, evaluate, _cap(count))
+    product = times(cosine, y) + linear
+    level = (y * product).sum(-1)[:, None]  # at the optimum: the multiplier, for a'y = 1
+    noise = 32 * EPS * count * (xp.abs(linear) + xp.abs(level) * shares + times(magnitude, xp.abs(y)))
+    wrong = alive & (xp.where(y > 0, xp.abs(product - level * shares), level * shares - product) > noise)
+    exact = solved & ~any_of(wrong) & (xp.abs((y * shares).sum(-1) - 1) < 1e-9)
+    if not isinstance(y, Tensor):
+        for b in np.flatnonzero(~exact):
+            # shifting every row by one vector turns the linear term into the shortest point of a hull
+            a = np.where(alive[b], shares[b], 1.0)
+            w = linear[b] / a
+            scaled = cosine[b] / a[:, None] / a
+            lift = w[:, None] + w
+            lowest = float(np.linalg.eigvalsh(scaled + lift)[0])
+            matrix = scaled + lift + max(-lowest, 0.0) * count + np.abs(lift).max()
+            matrix = np.where(alive[b][:, None] & alive[b], matrix, np.where(apart, 1.0, 0.0))
+            weights, certain = min_norm(matrix[None], alive[b][None])
+            y[b], exact[b] = weights[0] / a, certain[0]
+    return floor(y, 0.0), exact
 
-    low = float((product[keep]).min())
-    high = float((product[keep] + r * norms).min())
-    start = None
-    if high > 0 and not (keep.all() and cone(cosine, norms.min() * inverse).bounded):
-        high = 0.0
-        at_zero = step(0.0, None)
-        if at_zero.y @ cosine @ at_zero.y <= r * r:
-            return finish(at_zero.y, at_zero.exact)
-        start = at_zero.active
+
+def on_simplex(point: Array, alive: Array) -> Array:
+    """Euclidean projection of ``[B, T]`` on the simplex of the living tasks (Held, Wolfe and Crowder 1974)."""
+    xp = namespace(point)
+    low = xp.where(alive, point, -math.inf)
+    ordered = flip(torch.sort(low, -1)[0] if isinstance(low, Tensor) else np.sort(low, -1))
+    held = xp.where(xp.isfinite(ordered), ordered, 0.0)
+    number = _positions(point) + 1.0
+    excess = (xp.cumsum(held, -1) - 1) / number
+    kept = (ordered > excess) & xp.isfinite(ordered)
+    last = most(xp.where(kept, _positions(point), 0))[..., None]
+    level = (xp.where(_positions(point) == last, excess, 0.0)).sum(-1)[..., None]
+    return xp.where(alive, floor(point - level, 0.0), 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The dual cone and the ball
+
+
+def projected(gramian: Array, points: Array, alive: Array) -> tuple[Array, Array]:
+    """Coefficients ``[B, K, T]`` of the points closest to ``J.T @ points[k]`` that conflict with no gradient.
+
+    The projections on the cone ``{d : J d >= 0}`` (UPGrad and DualProj; Quinton and Rey 2024).
+
+    Args:
+        gramian: ``[B, T, T]``, any scale.
+        points: ``[B, K, T]`` coefficients of the vectors to project.
+        alive: ``[B, T]`` bool, the tasks that count.
+    """
+    xp = namespace(gramian)
+    blocks, number, count = points.shape
+    norms, cosine = unit(gramian)
+    along = (points @ gramian) / norms[:, None, :]
+    target = xp.where(alive[:, None, :], -along, -1.0).reshape(blocks * number, count)
+    many = cosine if blocks == 1 else xp.broadcast_to(cosine[:, None], (blocks, number, count, count))
+    solution = cone(many if blocks == 1 else many.reshape(-1, count, count), target)
+    step = solution.y.reshape(blocks, number, count) / norms[:, None, :]
+    return points + step, solution.exact.reshape(blocks, number).all(-1)
+
+
+def ball(gramian: Array, pull: Array, radius: Array, alive: Array) -> tuple[Array, Array]:
+    """Coefficients ``[B, T]`` of the step in a ball that improves the worst-off task most (CAGrad's problem).
+
+    Maximises ``min_i (p_i + g_i . x)`` over ``||x|| <= r``; of several maximisers the shortest. Instead of the dual
+    over the simplex this solves for the level ``v`` of the minimum: the shortest ``x`` with ``p_i + g_i . x >= v`` is a
+    :func:`cone` problem, its length grows with v, and on one active set the level with length r is the root of a
+    quadratic. Where the gradients have 0 in their convex hull the level is bounded, and the answer may be shorter
+    than r.
+
+    Args:
+        gramian: ``[B, T, T]``, any scale; a zero row caps the level at its pull.
+        pull: ``[B, T]`` p.
+        radius: ``[B]`` r.
+        alive: ``[B, T]`` bool, the tasks that count.
+
+    Returns:
+        Coefficients of ``x``, and whether each block is exact.
+    """
+    xp = namespace(gramian)
+    count = gramian.shape[-1]
+    square = diagonal(gramian)
+    moving = alive & (square > 0)
+    norms, cosine = unit(gramian)
+    size = xp.where(radius > 0, radius, 1.0)[:, None]
+    shortest = least(xp.where(moving, norms, math.inf))[:, None]
+    shortest = xp.where(xp.isfinite(shortest), shortest, 1.0)
+    inverse = xp.where(moving, shortest / norms, 0.0)
+    along = xp.where(moving, pull / norms / size, math.inf)  # in units of the radius, against unit gradients
+    finite = xp.where(moving, along, 0.0)
+    # the level that the worst-off task alone could reach: whoever is above it from the start will not matter
+    magnitude = xp.abs(cosine)
+    ceiling = least(xp.where(alive & ~moving, pull / shortest / size, math.inf))
+
+    def evaluate(rows: Any, free: Array) -> _Trial:
+        matrix, inv, p, there = cosine[rows], inverse[rows], finite[rows], moving[rows]
+        lowest = xp.where(there, p / xp.where(there, inv, 1.0), math.inf)
+        free = xp.where(any_of(free)[:, None], free, there & (lowest <= least(lowest)[:, None]))
+        both = _reduced(matrix, xp.stack([inv, p], -1), free)
+        a, g = both[..., 0], both[..., 1]
+        slope = floor((inv * a).sum(-1), EPS**8)[:, None]
+        base = total(inv * g) / slope
+        rest = total(xp.where(free, p - base * inv, 0.0) * (g - base * a))
+        root = base + xp.sqrt(floor(1 - rest, 0.0) / slope)
+        y = root * a - g
+        slack = xp.where(there, times(matrix, y) + p - root * inv, 1.0)
+        noise = 8 * EPS * count * (xp.abs(p) + xp.abs(root) * inv + times(magnitude[rows], xp.abs(y)))
+        return _Trial(y, slack, noise)
+
+    reach = least(xp.where(moving, (finite + 1) / xp.where(moving, inverse, 1.0), math.inf))
+    start = moving & (finite <= inverse * xp.where(xp.isfinite(reach), reach, 0.0)[:, None])
+    y, solved = _pivot(start, evaluate, 8 if xp is np else _cap(count))
+    product = times(cosine, y)
+    used = y > 0
+    level = (xp.where(used, y * (product + finite), 0.0)).sum(-1) / floor((y * inverse).sum(-1), EPS**8)
+    noise = 32 * EPS * count * (xp.abs(finite) + xp.abs(level)[:, None] * inverse + times(magnitude, xp.abs(y)))
+    wrong = moving & (
+        xp.where(used, xp.abs(product + finite - level[:, None] * inverse), level[:, None] * inverse - product - finite)
+        > noise
+    )
+    length = (y * product).sum(-1)
+    # where huge coefficients cancel, rounding passes for length
+    sure = (xp.abs(y) * times(magnitude, xp.abs(y))).sum(-1) * (32 * EPS * count) <= 1e-9
+    exact = solved & ~any_of(wrong) & (xp.abs(length - 1) <= 1e-9) & sure & (level <= ceiling)
+    y = floor(y, 0.0)
+    done = any_of(moving) & (radius > 0)
+    if isinstance(y, Tensor):
+        # the cases that the host treats one by one: a level that is bounded by the hull or by a zero row
+        y, exact = _bounded_level(cosine, inverse, finite, moving, ceiling, y, exact)
+    else:
+        for b in np.flatnonzero(~exact & done):
+            there = np.flatnonzero(moving[b])
+            part, certain = _walk(
+                cosine[b][np.ix_(there, there)], inverse[b, there], finite[b, there], float(ceiling[b])
+            )
+            y[b] = 0.0
+            y[b, there], exact[b] = part, certain
+    return xp.where(done[:, None], y * size / norms, 0.0), exact | ~done
+
+
+def _bounded_level(
+    cosine: Array, inverse: Array, along: Array, moving: Array, ceiling: Array, y: Array, exact: Array
+) -> tuple[Array, Array]:
+    """On the device: where no level above ``top`` exists, the shortest step that reaches ``top``."""
+    xp = namespace(cosine)
+    hull = cone(cosine, xp.where(moving, inverse, -1.0))
+    # a convex combination of the gradients that is 0 bounds the level by the same combination of the pulls
+    ray = xp.where(hull.bounded[:, None], 0.0, hull.y)
+    bound = (ray * along).sum(-1) / floor((ray * inverse).sum(-1), EPS**8)
+    top = xp.minimum(xp.where(hull.bounded, math.inf, bound), ceiling)
+    limit = xp.where(xp.isfinite(top), top, 0.0)
+    found = cone(cosine, xp.where(moving, limit[:, None] * inverse - along, -1.0))
+    reached = xp.isfinite(top) & ((found.y * times(cosine, found.y)).sum(-1) <= 1) & ~exact
+    return xp.where(reached[:, None], found.y, y), exact | (reached & found.exact)
+
+
+def _walk(
+    cosine: NDArray[np.float64], inverse: NDArray[np.float64], pull: NDArray[np.float64], ceiling: float
+) -> tuple[NDArray[np.float64], bool]:
+    """One block of :func:`ball` by a safeguarded walk over the level; copes with every degeneracy."""
+
+    def step(level: float) -> tuple[NDArray[np.float64], bool]:
+        y, _, exact = cone(cosine[None], (level * inverse - pull)[None])
+        return y[0], bool(exact[0])
+
+    low = float((pull / inverse).min())
+    high = min(float(((pull + 1) / inverse).min()), ceiling)
+    hull = cone(cosine[None], inverse[None])
+    if not hull.bounded[0]:
+        ray = hull.y[0]
+        high = min(high, float(ray @ pull) / float(ray @ inverse))
+    at_top, certain = step(high)
+    if at_top @ cosine @ at_top <= 1:
+        return at_top, certain
     level = high
-    y = np.zeros_like(norms)
-    exact = True
+    y, exact = at_top, certain
     for _ in range(100):
-        solution = step(level, start)
-        y, start, exact = solution.y, solution.active, solution.exact
-        index = np.flatnonzero(start)
+        index = np.flatnonzero(y)
         if len(index) == 0:
             low = level
             level = (low + high) / 2
+            y, exact = step(level)
             continue
         sub = cosine[np.ix_(index, index)]
-        both = np.linalg.solve(sub, np.stack([inverse[index], pull[index]], axis=1))
+        both, _ = _solve_one(sub, np.stack([inverse[index], pull[index]], axis=1))
         slope = float(inverse[index] @ both[:, 0])
         base = float(inverse[index] @ both[:, 1]) / slope
         rest = float((pull[index] - base * inverse[index]) @ (both[:, 1] - base * both[:, 0]))
-        root = base + math.sqrt(max(r * r - rest, 0.0) / slope)
-        if abs(root - level) <= 16 * EPS * (abs(base) + abs(root) + r / math.sqrt(slope)):
-            y = np.zeros_like(norms)
+        root = base + math.sqrt(max(1 - rest, 0.0) / slope)
+        if abs(root - level) <= 16 * EPS * (abs(base) + abs(root) + 1 / math.sqrt(slope)):
+            y = np.zeros_like(y)
             y[index] = np.maximum(root * both[:, 0] - both[:, 1], 0.0)
-            return finish(y, exact)
-        if float(y @ cosine @ y) > r * r:
+            return y, exact
+        if float(y @ cosine @ y) > 1:
             high = level
         else:
             low = level
         level = root if low <= root <= high else (low + high) / 2
-    return finish(y, False)
+        y, exact = step(level)
+    return y, False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bargaining
+
+
+def bargain(cosine: Array, rate: Array, power: float, alive: Array) -> tuple[Array, Array]:
+    """``y > 0`` with ``C y = p y**(-s)``: Nash bargaining (s = 1) and alpha-fair utilities (s = 1 / alpha).
+
+    The minimum of the convex function ``0.5 y'Cy - sum_i p_i U(y_i)`` with ``U' = y**(-s)``, by Newton's method with
+    backtracking. It has no minimum where some ``y >= 0`` has ``C y = 0`` (Pareto-stationary gradients): a quadratic
+    term of relative size 1e-14 then keeps ``y`` finite, and ``U'y`` is zero up to rounding.
+
+    Args:
+        cosine: ``[B, T, T]`` positive semidefinite with unit diagonal.
+        rate: ``[B, T]`` p > 0.
+        power: s > 0.
+        alive: ``[B, T]`` bool; the others get 0.
+
+    Returns:
+        ``y`` [B, T], and whether the equation holds up to rounding.
+    """
+    xp = namespace(cosine)
+    alone = xp.where(alive, rate, 1.0) ** (1 / (1 + power))  # the answer if all gradients were orthogonal
+    # scaling the start to its best length takes most of Newton's way
+    grown = (alone * times(cosine, alone)).sum(-1) + EPS
+    length = ((rate * alone ** (1 - power) * alive).sum(-1) / grown) ** (1 / (1 + power))
+    start = alone * xp.clip(length, 1e-4, 1e4)[:, None]
+    y, exact = _newton(cosine, rate, power, alive, start, 0.0)
+    if not _finished(exact):
+        again, _ = _newton(cosine, rate, power, alive, start, 1e-14)
+        y = xp.where(exact[:, None], y, again)
+        # Pareto-stationary: what is left of the equation is the quadratic term's
+        length = xp.sqrt(floor((again * times(cosine, again)).sum(-1), 0.0))
+        exact = exact | (length <= 1e-6 * (again * alive).sum(-1))
+    return xp.where(alive, y, 0.0), exact
+
+
+def _newton(cosine: Array, rate: Array, power: float, alive: Array, start: Array, ridge: float) -> tuple[Array, Array]:
+    xp = namespace(cosine)
+    count = start.shape[-1]
+    matrix = xp.where(alive[:, :, None] & alive[:, None, :], cosine, 0.0)
+    matrix = xp.where(identity(cosine), 1.0 + ridge, matrix)
+    magnitude = xp.abs(matrix)
+    p = xp.where(alive, rate, 1.0)
+    y = start
+    exact = xp.zeros_like(alive[:, 0])
+    diagonal_mask = identity(cosine)
+    for _ in range(60):
+        force = p * y ** (-power)
+        product = times(matrix, y)
+        gap = force - product
+        exact = ~any_of(~(xp.abs(gap) <= 8 * EPS * count * (force + times(magnitude, y))))
+        if _finished(exact):
+            break
+        hessian = matrix + xp.where(diagonal_mask, (power * force / y)[..., None], 0.0)
+        step = _linear(hessian, gap[..., None])[..., 0]
+        # as far as positive, then back until the slope along the step is no longer upwards by more than it was down
+        room = least(xp.where(step < 0, -y / xp.where(step < 0, step, -1.0), math.inf))
+        length = xp.clip(0.95 * room, None, 1.0)
+        slope = (gap * step).sum(-1)
+        for _ in range(6):
+            trial = y + length[:, None] * step
+            ahead = ((p * trial ** (-power) - times(matrix, trial)) * step).sum(-1)
+            over = ahead < -0.9 * slope
+            if _finished(~over):
+                break
+            length = xp.where(over, length / 2, length)
+        moved = y + length[:, None] * step
+        y = xp.where(exact[:, None] | ~(moved > 0), y, moved)
+    return y, exact
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Spectra
+
+
+def equal_products(cosine: Array, alive: Array) -> Array:
+    """``x`` [B, T] of least length with ``C x`` as close to 1 as possible on the living rows: ``pinv(C) 1``."""
+    xp = namespace(cosine)
+    values, vectors = _eigh(xp.where(alive[:, :, None] & alive[:, None, :], cosine, 0.0))
+    kept = values > 8 * EPS * cosine.shape[-1] * floor(most(values), 1.0)[..., None]
+    inside = times(xp.swapaxes(vectors, -1, -2), alive * 1.0)
+    return times(vectors, xp.where(kept, inside / xp.where(kept, values, 1.0), 0.0))
+
+
+def _eigh(matrix: Array) -> tuple[Array, Array]:
+    found = namespace(matrix).linalg.eigh(matrix)
+    return found[0], found[1]
+
+
+def spectrum(gramian: Array) -> tuple[Array, Array, Array]:
+    """Eigenvalues ``[B, T]`` and eigenvectors ``[B, T, T]`` (columns) of a Gramian, and which are not rounding.
+
+    Each eigenvalue carries the relative accuracy of the *cosines*, however uneven the gradients' norms are: unlike
+    LAPACK's, whose errors are relative to the largest one. One-sided Jacobi rotations on a Cholesky factor (Demmel and
+    Veselic 1992) where the norms differ by more than 100, else LAPACK.
+
+    Returns:
+        Eigenvalues in no particular order, eigenvectors of unit length, and ``[B, T]`` bool: True for the numerical
+        rank, which is decided on the cosines.
+    """
+    count = gramian.shape[-1]
+    if isinstance(gramian, Tensor):
+        return _jacobi(gramian)
+    norms, _ = unit(gramian)
+    alive = diagonal(gramian) > 0
+    with np.errstate(all="ignore"):
+        wide = np.where(alive, norms, 0.0).max(-1) > 100 * np.where(alive, norms, math.inf).min(-1)
+    scale = np.where(alive, norms, 0.0).max(-1)[:, None, None]
+    scale = np.where(scale > 0, scale, 1.0)
+    values, vectors = np.linalg.eigh(gramian / scale / scale)
+    kept = values > 8 * EPS * count * values.max(-1, keepdims=True)
+    values = values * scale[..., 0] * scale[..., 0]
+    if wide.any():
+        values[wide], vectors[wide], kept[wide] = _jacobi(gramian[wide])
+    return values, vectors, kept
+
+
+def _jacobi(gramian: Array) -> tuple[Array, Array, Array]:
+    """One-sided Jacobi on the pivoted Cholesky factor of the cosines, times the norms."""
+    xp = namespace(gramian)
+    count = gramian.shape[-1]
+    norms, cosine = unit(gramian)
+    alive = diagonal(gramian) > 0
+    scale = most(xp.where(alive, norms, 0.0))[:, None]
+    scale = xp.where(scale > 0, scale, 1.0)
+    rest = xp.where(alive[:, :, None] & alive[:, None, :], cosine, 0.0)
+    # largest gradients first, then what is left of the cosines: columns are then graded, and Jacobi is quick
+    priority = xp.where(alive, norms / scale, 0.0)
+    columns = []
+    place = _positions(norms)
+    for _ in range(count):
+        left = diagonal(rest)
+        score = xp.where(left > 16 * EPS * count, left * priority**2, 0.0)
+        chosen = most(score)[:, None]
+        at = xp.argmax(score, -1)[:, None] == place
+        usable = chosen > 0
+        pivot = xp.where(usable, total(xp.where(at, left, 0.0)), 1.0)
+        column = xp.where(usable, times(rest, at * 1.0) / xp.sqrt(pivot), 0.0)
+        columns.append(column)
+        rest = rest - column[:, :, None] * column[:, None, :]
+        rest = xp.where(usable[:, :, None] & (at[:, :, None] | at[:, None, :]), 0.0, rest)
+    factor = xp.stack(columns, -1) * xp.where(alive, norms / scale, 0.0)[:, :, None]  # G = F F', F [B, T, T]
+    if count > 1:
+        factor = _orthogonalised(factor)
+    length = xp.sqrt((factor**2).sum(-2))
+    kept = length > 0
+    vectors = factor / xp.where(kept, length, 1.0)[:, None, :]
+    return (length * scale) ** 2, vectors, kept
+
+
+def _orthogonalised(factor: Array) -> Array:
+    """Rotations of pairs of columns until all are orthogonal; T / 2 disjoint pairs at a time."""
+    xp = namespace(factor)
+    count = factor.shape[-1]
+    even = count + count % 2
+    ring = list(range(even))
+    for _ in range(30):
+        worst = 0.0
+        for _ in range(even - 1):
+            pairs = [(ring[k], ring[even - 1 - k]) for k in range(even // 2)]
+            pairs = [(min(p), max(p)) for p in pairs if max(p) < count]
+            ring = [ring[0], ring[-1], *ring[1:-1]]
+            i, j = [p[0] for p in pairs], [p[1] for p in pairs]
+            x, y = factor[:, :, i], factor[:, :, j]
+            a, b, c = (x * x).sum(-2), (y * y).sum(-2), (x * y).sum(-2)
+            bound = xp.sqrt(a) * xp.sqrt(b)
+            turn = xp.abs(c) > EPS * bound
+            if xp is np:
+                worst = max(worst, float((np.abs(c) / np.where(bound > 0, bound, 1.0)).max()))
+                if not turn.any():
+                    continue
+            safe = xp.where(turn, c, 1.0)
+            zeta = (b - a) / (2 * safe)
+            root = xp.where(
+                xp.abs(zeta) > 1e150, 2 * xp.abs(zeta), xp.abs(zeta) + xp.sqrt(1 + xp.clip(zeta, -1e150, 1e150) ** 2)
+            )
+            t = xp.where(zeta >= 0, 1.0, -1.0) / root
+            t = xp.where(turn, t, 0.0)
+            cos = 1 / xp.sqrt(1 + t * t)
+            sin = cos * t
+            factor[:, :, i], factor[:, :, j] = cos[:, None] * x - sin[:, None] * y, sin[:, None] * x + cos[:, None] * y
+        if xp is np and worst <= 8 * EPS * count:
+            break
+    return factor

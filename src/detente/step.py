@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,13 +34,13 @@ def step(
 ) -> Update:
     """Zero the gradients, compute the losses, resolve their conflicts, and step the optimizer.
 
-    Needed for schedules that one backward pass cannot express, such as connection strength's first phase, where
-    every task takes an optimizer step of its own; for all other methods the same as ``optimizer.zero_grad()``,
-    :func:`detente.backward`, ``optimizer.step()``.
+    Needed for schedules that one backward pass cannot express: connection strength's first phase (an optimizer step
+    per task), FAMO (the losses after the step), Auto-Lambda (a virtual step), and methods that compare several batches.
+    For all other methods the same as ``optimizer.zero_grad()``, :func:`detente.backward`, ``optimizer.step()``.
 
     Args:
         closure: ``closure(tasks=None) -> {task: loss}``; runs the forward pass for the named tasks (all with None)
-            on the current batch.
+            on the current batch. Methods with ``batches > 1`` call it that often: let it take a fresh batch each time.
         optimizer: of all parameters. It is stepped once, or once per task in a sequential step.
         method: a method of this library.
         shared, source, granularity, weighting: as in :func:`detente.backward`.
@@ -63,40 +64,117 @@ def step(
     """
     require_method(method)
     if method.requires_step and (weighting is not None or source != "parameters"):
-        raise ValueError(f"weighting and source do not apply to the tasks' own steps of {method.name}; leave them out.")
-    before = method.get_extra_state() if method.requires_step else None
-    if not method.sequential():
-        losses = closure(None)
-        optimizer.zero_grad(set_to_none=True)
-        update = run(losses, method, shared, source, granularity, weighting)
-        optimizer.step()
-        return update
-    weights: dict[str, Tensor] = {}
-    try:
-        for task, loss in _one_by_one(closure, method.sequential_tasks()):
+        raise ValueError(f"weighting and source do not apply to the schedule of {method.name}; leave them out.")
+    options = {"shared": shared, "source": source, "granularity": granularity, "weighting": weighting}
+    return method.take_step(_Session(closure, optimizer, method, options))
+
+
+class _Session:
+    """What a method's schedule is made of; see :class:`detente.method.Session`."""
+
+    def __init__(
+        self, closure: Closure, optimizer: torch.optim.Optimizer, method: Method, options: dict[str, Any]
+    ) -> None:
+        self.closure = closure
+        self.optimizer = optimizer
+        self.method = method
+        self.options = options
+        self.parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+        self.tasks: tuple[str, ...] = ()
+        self.descents = 0
+        self._random: list[Tensor] = []
+
+    def losses(self, tasks: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+        self._random = [torch.get_rng_state(), *_cuda_states()]
+        losses = named_losses(self.closure(tasks))
+        self.tasks = tuple(losses)
+        return losses
+
+    def values(self) -> dict[str, float]:
+        before = [torch.get_rng_state(), *_cuda_states()]
+        _set_states(self._random)
+        try:
+            with torch.no_grad():
+                losses = self.closure(self.tasks)
+        finally:
+            _set_states(before)
+        return {task: float(losses[task]) for task in self.tasks}
+
+    def resolve(self) -> Update:
+        losses = self.losses()
+        more = [self.closure(self.tasks) for _ in range(self.method.batches - 1)]
+        self.optimizer.zero_grad(set_to_none=True)
+        return run(losses, self.method, **self.options, more=more)
+
+    def descend(self) -> None:
+        self.optimizer.step()
+        self.descents += 1
+
+    def one_by_one(self, tasks: Sequence[str]) -> Update:
+        weights: dict[str, Tensor] = {}
+        for task, loss in self._in_turn(tasks):
             # heads of the other tasks keep gradient None, so that no optimizer moves them
-            optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+            self.descend()
             weights[task] = torch.ones((), dtype=torch.float64)
-    except Exception:
-        if not weights:
-            method.set_extra_state(before)  # nothing has been trained: the draw of the phase was for nothing
-        raise
-    return Update(weights, None, {"backwards": len(weights), "sequential": True})
+        return Update(weights, None, {"backwards": len(weights), "sequential": True})
+
+    def _in_turn(self, tasks: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """The loss of each task, computed when its turn comes; tasks without a loss in this batch are left out."""
+        for task in tasks:
+            losses = dict(self.closure((task,)))
+            if not losses:
+                continue
+            named_losses(losses)
+            if set(losses) != {task}:
+                raise ValueError(
+                    f"closure(tasks=({task!r},)) must return the loss of that task alone; got {sorted(losses)}. "
+                    "Compute only the losses named in `tasks`."
+                )
+            check_finite(losses)
+            yield task, losses[task]
+
+    def gradients(self, losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> list[Tensor | None]:
+        factors = [torch.full_like(loss, weights[task]) for task, loss in losses.items()]
+        wanted = [p for p in self.parameters if p.requires_grad]
+        found = iter(torch.autograd.grad(list(losses.values()), wanted, factors, allow_unused=True))
+        return [next(found) if p.requires_grad else None for p in self.parameters]
+
+    def virtual_step(self, gradients: Sequence[Tensor | None]) -> tuple[list[Tensor | None], float]:
+        steps: list[Tensor | None] = []
+        given = iter(gradients)
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                g = next(given)
+                if g is not None:
+                    g = g + group.get("weight_decay", 0.0) * p.detach()
+                    kept = self.optimizer.state[p].get("momentum_buffer") if p in self.optimizer.state else None
+                    g = g if kept is None else g + group.get("momentum", 0.0) * kept
+                    g = -group["lr"] * g
+                steps.append(g)
+        return steps, float(self.optimizer.param_groups[0]["lr"])
+
+    @contextmanager
+    def moved(self, directions: Sequence[Tensor | None], length: float = 1.0) -> Iterator[None]:
+        before = [p.detach().clone() for p, d in zip(self.parameters, directions, strict=True) if d is not None]
+        moving = [(p, d) for p, d in zip(self.parameters, directions, strict=True) if d is not None]
+        try:
+            with torch.no_grad():
+                for p, d in moving:
+                    p.add_(d, alpha=length)
+            yield
+        finally:
+            with torch.no_grad():
+                for (p, _), old in zip(moving, before, strict=True):
+                    p.copy_(old)  # to the bit, which moving back would not be
 
 
-def _one_by_one(closure: Closure, tasks: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """The loss of each task, computed when its turn comes; tasks for which the closure returns nothing are left out."""
-    for task in tasks:
-        losses = dict(closure((task,)))
-        if not losses:
-            continue
-        named_losses(losses)
-        if set(losses) != {task}:
-            raise ValueError(
-                f"closure(tasks=({task!r},)) must return the loss of that task alone; got {sorted(losses)}. "
-                "Compute only the losses named in `tasks`."
-            )
-        check_finite(losses)
-        yield task, losses[task]
+def _cuda_states() -> list[Tensor]:
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+
+
+def _set_states(states: Sequence[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state_all(list(states[1:]))

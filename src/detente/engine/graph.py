@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module, Parameter
 
-__all__ = ["Reach", "reach"]
+__all__ = ["Boundary", "Reach", "boundary", "reach"]
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,83 @@ def _example(given: Tensor | Module) -> str:
     return "[parameter]" if isinstance(given, Tensor) else "model.trunk.parameters(); got the module itself"
 
 
+@dataclass(frozen=True)
+class Boundary:
+    """Where the tasks' own graphs end and the shared one begins.
+
+    Attributes:
+        edges: the features: every place where a task's own graph takes a value from the shared one.
+        touched: for every loss the positions of the edges that its own graph ends at.
+        nested: whether some features are computed from others, as with skip connections.
+    """
+
+    edges: list[GradientEdge]
+    touched: list[list[int]]
+    nested: bool
+
+
+def boundary(losses: Sequence[Tensor]) -> Boundary:
+    """The features of a step, found from the graph.
+
+    Raises:
+        ValueError: a task uses a shared parameter above the features (tied weights), so that no gradient of the
+            features can stand for the gradient of the shared parameters; or a loss is computed from another.
+    """
+    order, masks = _walk(losses)
+    edges: dict[GradientEdge, int] = {}
+    touched: list[list[int]] = [[] for _ in losses]
+    for t, loss in enumerate(losses):
+        mask = masks[get_gradient_edge(loss).node]
+        if mask & (mask - 1):
+            raise ValueError(
+                f"loss {t} is itself part of what other losses are computed from, so there are no features between "
+                "them. Use source='parameters'."
+            )
+    for node in order:
+        mask = masks[node]
+        if mask & (mask - 1):
+            continue
+        for child, number in node.next_functions:
+            if child is None or not masks[child] & (masks[child] - 1):
+                continue
+            if child.name() == _LEAF:
+                shape = tuple(child.variable.shape)  # type: ignore[attr-defined]
+                raise ValueError(
+                    f"a shared leaf of shape {shape} is used by a task's own layers directly (tied weights, or an "
+                    "input that requires a gradient), so the features do not carry all of its gradient. Use "
+                    "source='parameters'."
+                )
+            position = edges.setdefault(GradientEdge(child, number), len(edges))
+            task = mask.bit_length() - 1
+            if position not in touched[task]:
+                touched[task].append(position)
+    ends = {edge.node for edge in edges}
+    below: set[Node] = set()
+    stack = [child for node in ends for child, _ in node.next_functions if child is not None]
+    while stack:
+        node = stack.pop()
+        if node not in below:
+            below.add(node)
+            stack.extend(child for child, _ in node.next_functions if child is not None)
+    return Boundary(list(edges), touched, bool(ends & below))
+
+
+_LEAF = "torch::autograd::AccumulateGrad"
+
+
 def _leaves(losses: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
     """Leaves behind the losses with the set of losses that reach each (bit t for loss t), in a stable order."""
+    order, masks = _walk(losses)
+    return [(node.variable, masks[node]) for node in reversed(order) if node.name() == _LEAF]  # type: ignore[attr-defined]
+
+
+def _walk(losses: Sequence[Tensor]) -> tuple[list[Node], dict[Node, int]]:
+    """All nodes behind the losses, each after what it feeds on, and the set of losses that reach each."""
     roots: dict[Node, int] = {}
     for t, loss in enumerate(losses):
         node = get_gradient_edge(loss).node
         roots[node] = roots.get(node, 0) | 1 << t
-    order: list[Node] = []  # every node after all that it feeds on
+    order: list[Node] = []
     seen: set[Node] = set()
     for root in roots:
         stack: list[tuple[Node, bool]] = [(root, False)]
@@ -88,12 +158,9 @@ def _leaves(losses: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
                 stack.append((node, True))
                 stack.extend((child, False) for child, _ in node.next_functions if child is not None)
     masks = dict.fromkeys(order, 0) | roots
-    leaves = []
     for node in reversed(order):
         mask = masks[node]
         for child, _ in node.next_functions:
             if child is not None:
                 masks[child] |= mask
-        if node.name() == "torch::autograd::AccumulateGrad":
-            leaves.append((node.variable, mask))  # type: ignore[attr-defined]
-    return leaves
+    return order, masks

@@ -54,20 +54,32 @@ class Jacobian:
             else:
                 torch.cat([_flat(g) for g in parts if g is not None], out=buffer[row])
 
-    def gramian(self, partition: Partition) -> Tensor:
-        """Gramians of the blocks, ``[B, T, T]`` float64; on the parameters' device where there is only one."""
-        devices = {buffer.device for _, buffer in self.groups}
+    @property
+    def buffers(self) -> list[Tensor]:
+        """The rows themselves: ``[T, P_k]`` per dtype and device."""
+        return [buffer for _, buffer in self.groups]
+
+    def gramian(self, partition: Partition, other: Jacobian | None = None) -> Tensor:
+        """Gramians of the blocks, ``[B, T, T]`` float64; on the parameters' device where there is only one.
+
+        With ``other``, the products ``J other'`` with the rows of another batch instead.
+        """
+        devices = {buffer.device for buffer in self.buffers}
         device = devices.pop() if len(devices) == 1 else torch.device("cpu")
+        second = self if other is None else other
+        measured = partition.measured
         with torch.autocast(device.type, enabled=False):
-            if partition.count == 1:
+            if partition.count == 1 and measured is None:
                 total = torch.zeros(self.count, self.count, dtype=torch.float64, device=device)
-                for _, buffer in self.groups:
-                    total += gramian(buffer).to(device)
+                for buffer, against in zip(self.buffers, second.buffers, strict=True):
+                    total += gramian(buffer, None if other is None else against).to(device)
                 return total.unsqueeze(0)
             blocks = torch.zeros(partition.count, self.count, self.count, dtype=torch.float64, device=device)
-            for (dims, index), rows in zip(partition.members, self.slices, strict=True):
-                part = _by_slice(rows, dims).double()
-                blocks.index_add_(0, index.reshape(-1).to(device), (part @ part.transpose(1, 2)).to(device))
+            for k, ((dims, index), rows) in enumerate(zip(partition.members, self.slices, strict=True)):
+                if measured is None or k in measured:
+                    part = _by_slice(rows, dims).double()
+                    against = part if other is None else _by_slice(second.slices[k], dims).double()
+                    blocks.index_add_(0, index.reshape(-1).to(device), (part @ against.transpose(1, 2)).to(device))
             return blocks
 
     def combine(self, weights: Tensor, partition: Partition) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Which gradients a step takes: of every task, or of sampled tasks and the mean of the rest."""
+"""Which gradients a step takes: of the parameters or of the features, of every task or of sampled ones."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
-from detente.engine.graph import Reach
+from detente.engine.graph import Reach, boundary
 from detente.engine.jacobian import Jacobian
 
-__all__ = ["Row", "Sampled", "every_task", "spread", "take"]
+__all__ = ["Features", "Row", "Sampled", "every_task", "spread", "take"]
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,58 @@ def spread(weights: Tensor, rows: Sequence[Row], count: int) -> Tensor:
         for task, factor in zip(row.tasks, row.factors, strict=True):
             result[..., task] = weights[..., r] * factor
     return result
+
+
+class Features:
+    """The task gradients of the features at which the tasks part, instead of those of the shared parameters.
+
+    One short backward pass per task through its own layers, then one through the trunk for all of them together.
+
+    Args:
+        losses: the losses of the step.
+        found: its shared and task-specific parameters.
+    """
+
+    def __init__(self, losses: list[Tensor], found: Reach) -> None:
+        self.found = found
+        edge = boundary(losses)
+        self.edges = edge.edges
+        taken: list[list[Tensor | None]] = []
+        self.heads: list[tuple[Tensor, int, Tensor]] = []
+        # with skip connections a gradient must not flow on from one feature into another: the trunk's pass does that
+        cuts = [e.node.register_prehook(_cut) for e in self.edges] if edge.nested else []
+        try:
+            for t, loss in enumerate(losses):
+                touched = [self.edges[k] for k in edge.touched[t]]
+                own = list({id(p): p for p in found.own[t]}.values())
+                ends = touched + [get_gradient_edge(p) for p in own]
+                gradients = torch.autograd.grad(loss, ends, retain_graph=True, allow_unused=True)
+                row: list[Tensor | None] = [None] * len(self.edges)
+                for k, gradient in zip(edge.touched[t], gradients, strict=False):
+                    row[k] = gradient
+                taken.append(row)
+                self.heads += [(p, t, g) for p, g in zip(own, gradients[len(touched) :], strict=True) if g is not None]
+        finally:
+            for cut in cuts:
+                cut.remove()
+        examples = [next((row[k] for row in taken if row[k] is not None), None) for k in range(len(self.edges))]
+        self.used = [k for k, example in enumerate(examples) if example is not None]
+        self.jacobian = Jacobian([g for g in examples if g is not None], len(losses))
+        for t, row in enumerate(taken):
+            self.jacobian.write(t, [row[k] for k in self.used])
+
+    def finish(self, updates: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The gradients of the shared parameters that carry these gradients of the features."""
+        shared = self.found.shared
+        if not self.used:
+            return [torch.zeros_like(p) for p in shared]
+        edges = [self.edges[k] for k in self.used]
+        gradients = torch.autograd.grad(edges, shared, list(updates), allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(shared, gradients, strict=True)]
+
+
+def _cut(gradients: tuple[Tensor, ...]) -> tuple[None, ...]:
+    return (None,) * len(gradients)
 
 
 def take(

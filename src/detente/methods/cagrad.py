@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Literal
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from detente.method import Context, GramianMethod, Paper, TaskWeights, Weights, at_least, normalized
-from detente.solvers import Array, ball
+from detente.method import Context, GramianMethod, Paper, TaskWeights, Weights, at_least
+from detente.solvers import Array, ball, floor, like, namespace, normalised, times
 
 __all__ = ["CAGrad"]
 
@@ -22,9 +19,13 @@ class CAGrad(GramianMethod):
     Maximises ``min_i g_i . d`` subject to ``||d - g0|| <= c ||g0||`` (Liu et al. 2021, Eq. 3), with ``g0`` the mean
     gradient. ``d = g0 + (c ||g0|| / ||g_w||) g_w`` where ``w`` minimises ``g_w . g0 + c ||g0|| ||g_w||`` over the
     simplex. ``c = 0`` is gradient descent on the mean loss; for large ``c`` the direction tends to MGDA's. For
-    ``c < 1`` it converges to stationary points of the mean loss.
+    ``c < 1`` it converges to stationary points of the mean loss. ::
 
-    Solved exactly for any number of tasks (closed form for two), whatever the gradients' scales. Where some tasks
+        g0 = sum_i p_i g_i                                p = 1/T, or the preference
+        w  = argmin over the simplex of  g_w . g0 + c ||g0|| ||g_w||
+        d  = g0 + c ||g0|| / ||g_w|| g_w
+
+    Solved exactly for any number of tasks, whatever the gradients' scales. Where some tasks
     are mutually Pareto-stationary (``g_w = 0``) the maximiser is not unique; the one closest to ``g0`` is taken, the
     projection of ``g0`` on the vectors that conflict with no task.
 
@@ -93,52 +94,10 @@ class CAGrad(GramianMethod):
     def prepare(self, context: Context) -> Context:
         return context if context.shares is not None else replace(context, shares=self.preference(context))
 
-    def rule(self, gramian: Tensor, context: Context) -> Tensor:
-        assert context.shares is not None
-        centre = normalized(context.shares).numpy()
-        if gramian.shape[-1] == 2 and bool((gramian.diagonal(dim1=-2, dim2=-1) > 0).all()):
-            result = torch.from_numpy(_two_tasks(gramian.numpy(), centre, self.c))
-        else:
-            result = self.per_block(lambda block: ball(block, centre, self.c), gramian, context)
-        divisor = {None: 1.0, 1: 1 + self.c**2, 2: 1 + self.c}[self.rescale]
-        return result / divisor
-
-
-def _two_tasks(gramian: Array, centre: Array, c: float) -> Array:
-    """Closed form for Gramians ``[B, 2, 2]`` without zero rows: one gradient pulls alone, or both do.
-
-    In units of the gradients' norms: ``y`` is the pull along each unit gradient, ``u . g0`` how far the centre goes
-    along it, ``r`` the radius. Pulling along i alone reaches the level ``v_i = n_i (u_i . g0 + r)``; it is optimal
-    when the other task is at least as well off. Otherwise both sit at one level v, the root of a quadratic.
-    """
-    product = gramian @ centre
-    r = c * np.sqrt(np.maximum(product @ centre, 0))[:, None]
-    n = np.sqrt(np.diagonal(gramian, axis1=1, axis2=2))
-    cos = np.clip(gramian[:, 0, 1] / n[:, 0] / n[:, 1], -1, 1)[:, None]
-    along = product / n
-    level = n * (along + r)
-    other = (n * (along + cos * r))[:, ::-1]
-    alone = other >= level
-    # one alone: the row with the lower level (the first on a tie)
-    first = alone[:, :1] & (~alone[:, 1:] | (level[:, :1] <= level[:, 1:]))
-    single = np.where(first, [[r_, 0.0] for r_ in r[:, 0]], [[0.0, r_] for r_ in r[:, 0]])
-
-    det = np.maximum(1 - cos**2, np.finfo(float).tiny)
-    scale = n.min(1, keepdims=True)  # level in units of the smaller norm, so that no power overflows
-    inverse = scale / n
-
-    def solve(rhs: Array) -> Array:
-        return np.asarray((rhs - cos * rhs[:, ::-1]) / det)
-
-    with np.errstate(all="ignore"):  # parallel gradients never need both
-        a, g = solve(inverse), solve(along)
-        slope = (inverse * a).sum(1, keepdims=True)
-        base = (inverse * g).sum(1, keepdims=True) / slope
-        rest = ((along - base * inverse) * (g - base * a)).sum(1, keepdims=True)
-        root = base + np.sqrt(np.maximum(r**2 - rest, 0) / slope)
-        both = np.maximum(root * a - g, 0)
-    # opposite gradients: nothing beyond level 0, where d is the projection of the centre on their complement
-    opposite = (1 + cos <= 4 * math.ulp(1.0)) & ~alone.any(1, keepdims=True)
-    both = np.where(opposite, np.maximum(-along, 0), both)
-    y = np.where(alone.any(1, keepdims=True), single, both)
-    return np.asarray(centre + y / n)
+    def rule(self, gramian: Array, context: Context) -> Array:
+        xp = namespace(gramian)
+        centre = normalised(like(gramian, context.shares), context.alive)
+        product = times(gramian, centre)
+        radius = self.c * xp.sqrt(floor((centre * product).sum(-1), 0.0))
+        step = self.solved(ball(gramian, product, radius, context.alive), context)
+        return (centre + step) / {None: 1.0, 1: 1 + self.c**2, 2: 1 + self.c}[self.rescale]

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detente.method import Context, GramianMethod, Paper, at_least, one_of, warn_unsolved
+from detente.method import Context, GramianMethod, Paper, at_least, one_of
 from detente.methods.edm import equiangular
-from detente.solvers import Array
+from detente.solvers import Array, diagonal, times
 
 __all__ = ["CDTT"]
 
@@ -23,7 +23,14 @@ class CDTT(GramianMethod):
     a tension ``c_i = a sigmoid(e (delta_i - 1)) + 1 - a``, where ``delta_i`` is the relative change of the task's
     windowed gradient norm plus ``log10`` of its loss: a task with a large loss and a growing gradient pulls more.
     Where the result conflicts with a task it is moved to the nearest point between it and that task's gradient that
-    does not (Nakamura et al. 2022). Everything happens in coefficient space; the coefficients sum to 1.
+    does not (Nakamura et al. 2022). Everything happens in coefficient space; the coefficients sum to 1. ::
+
+        b       = the EDM direction
+        delta_i = S_i / (S_i one step earlier) + log10 L_i,   S_i the sum of the last `window` norms of g_i
+        c_i     = a sigmoid(e (delta_i - 1)) + 1 - a
+        d       = b + sum_i c_i (g_i - b) / ||g_i - b||
+        for i = 1 .. T, where q = g_i . d < 0:
+            s = ||g_i||^2 / (||g_i||^2 - q);   d = s d + (1 - s) g_i
 
     Until ``window + 1`` steps have been seen the update is the centre. The gradient norms of every task are kept by
     task name; a task that is missing in a step keeps its window.
@@ -68,6 +75,7 @@ class CDTT(GramianMethod):
         "2204.06698",
     )
     needs = frozenset({"gramian", "losses"})
+    memory = "T x window x B norms"
     homogeneity = None
     permutation_equivariant = False
     state = ("history",)
@@ -121,57 +129,57 @@ class CDTT(GramianMethod):
             new = norms[None, :, i]
             self.history[task] = torch.cat([self.history.get(task, new[:0]), new])[-(self.window + 1) :]
 
-    def tensions(self, context: Context) -> Tensor | None:
-        """``[B, T]`` tensions of the tasks of this step, or None while warming up."""
-        if any(len(self.history[task]) <= self.window for task in context.tasks):
+    def tensions(self, context: Context, seen: Array) -> Array | None:
+        """``[B, T]`` tensions of the tasks of this step, or None while a task that counts (``seen``) warms up."""
+        counted = [task for task, counts in zip(context.tasks, seen, strict=True) if counts]
+        if any(len(self.history[task]) <= self.window for task in counted):
             return None
-        norms = torch.stack([self.history[task] for task in context.tasks], dim=-1)  # [steps, B, T]
-        if context.blocks is not None:
-            norms = norms[:, context.blocks]
+        empty = torch.zeros(self.window + 1, 1, dtype=torch.float64)
+        norms = torch.stack(
+            [self.history[t] if t in counted else empty.expand_as(self.history[counted[0]]) for t in context.tasks], -1
+        )  # [steps, B, T]
         now, before = norms[1:].sum(0), norms[:-1].sum(0)
         change = torch.where(before > 0, now / before, 1.0)
         assert context.losses is not None
         delta = change + context.losses.log10()
-        return (self.alpha * torch.sigmoid(math.e * (delta - 1)) + 1 - self.alpha).clamp_min(0)
+        tension: Array = (self.alpha * torch.sigmoid(math.e * (delta - 1)) + 1 - self.alpha).clamp_min(0).numpy()
+        return tension
 
-    def rule(self, gramian: Tensor, context: Context) -> Tensor:
-        tensions = self.tensions(context)
-        result, unsolved, passes = [], 0, 0
-        for k, block in enumerate(gramian.numpy()):
-            centre, exact = equiangular(block)
-            unsolved += not exact
-            if tensions is not None:
-                centre = self._tensioned(block, centre, tensions[k].numpy())
-                centre, used = self._feasible(block, centre)
-                passes = max(passes, used)
-            result.append(torch.from_numpy(centre))
-        context.stats["passes"] = max(passes, context.stats.get("passes", 0))
-        warn_unsolved(self, context, unsolved)
-        return torch.stack(result)
+    def rule(self, gramian: Array, context: Context) -> Array:
+        centre = self.solved(equiangular(gramian, context.alive), context)
+        seen = context.alive.any(0)
+        tensions = self.tensions(context, seen) if seen.any() else None
+        passes = 0
+        if tensions is not None:
+            centre = self._tensioned(gramian, centre, np.where(context.alive, tensions, 0.0))
+            centre, passes = self._feasible(gramian, centre, context.alive)
+        context.stats["passes"] = passes
+        return centre
 
     def _tensioned(self, gramian: Array, centre: Array, tension: Array) -> Array:
-        away = np.eye(len(centre)) - centre  # row k: from the centre to g_k, in coefficients
-        distance = np.sqrt(np.maximum(np.einsum("ki,ij,kj->k", away, gramian, away), 0))
-        far = distance > 1e-12 * np.sqrt(np.maximum(np.diagonal(gramian), 0))
+        away = np.eye(centre.shape[-1]) - centre[:, None, :]  # row k: from the centre to g_k, in coefficients
+        distance = np.sqrt(np.maximum(((away @ gramian) * away).sum(-1), 0))
+        far = distance > 1e-12 * np.sqrt(np.maximum(diagonal(gramian), 0))
         pull = np.where(far, tension / np.where(far, distance, 1.0), 0.0)
         if self.tension_scale == "relative":
-            pull = pull * math.sqrt(max(float(centre @ gramian @ centre), 0.0))
-        return np.asarray(centre + pull @ away)
+            pull = pull * np.sqrt(np.maximum((centre * times(gramian, centre)).sum(-1), 0.0))[:, None]
+        return centre + (pull[:, None, :] @ away)[:, 0]
 
-    def _feasible(self, gramian: Array, weights: Array) -> tuple[Array, int]:
-        diagonal = np.diagonal(gramian)
+    def _feasible(self, gramian: Array, weights: Array, alive: Array) -> tuple[Array, int]:
+        square = diagonal(gramian)
         passes = 0
         moved = True
         while moved and passes < (1 if self.passes == "single" else self.max_passes):
             passes += 1
             moved = False
-            for k in range(len(weights)):
-                row = gramian[k] * weights
-                product = float(row.sum())
+            for k in range(weights.shape[-1]):
+                row = gramian[:, k] * weights
+                product = row.sum(-1)
                 # a product within rounding of zero is not a conflict
-                if product < -1e-14 * float(np.abs(row).sum()):
-                    share = diagonal[k] / (diagonal[k] - product)
-                    weights = share * weights
-                    weights[k] += 1 - share
+                against = alive[:, k] & (product < -1e-14 * np.abs(row).sum(-1))
+                if against.any():
+                    share = np.where(against, square[:, k] / np.where(against, square[:, k] - product, 1.0), 1.0)
+                    weights = share[:, None] * weights
+                    weights[:, k] += 1 - share
                     moved = True
         return weights, passes

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from detente.gramian import Partition
-from detente.method import Context, GramianMethod, Paper, one_of
+from detente.method import Context, GramianMethod, Paper, Seeded, Session, Update, one_of
 from detente.nn import TaskBatchNorm1d, TaskBatchNorm2d, TaskLayerNorm, TaskNorm, TaskRMSNorm
+from detente.solvers import Array
 
 __all__ = ["ConnectionStrength", "Pair"]
 
@@ -135,7 +137,7 @@ def _neighbours(model: nn.Module, first: str, second: str) -> bool:
     return parent == other and isinstance(model.get_submodule(parent), nn.Sequential) and int(b) == int(a) + 1
 
 
-class ConnectionStrength(GramianMethod):
+class ConnectionStrength(Seeded, GramianMethod):
     """Connection strength: phase 1 learns which channels serve which task, phase 2 protects them.
 
     *Phase 1*: for each task in order, forward the batch, take the task's gradient alone and step the optimizer (Jeong
@@ -190,10 +192,9 @@ class ConnectionStrength(GramianMethod):
     )
     kind = "schedule"
     needs = frozenset({"gramian", "model", "epochs"})
-    stochastic = True
     backwards = "T, and T optimizer steps in phase 1"
     native_granularity = "layer"
-    handles_zero_rows = True
+    per_parameter = True
     state = ("generator", "epoch", "drawn")
 
     def __init__(
@@ -228,7 +229,6 @@ class ConnectionStrength(GramianMethod):
             if set(pair.norm.tasks) != set(self.tasks):
                 raise ValueError(f"{pair.name}: its tasks {pair.norm.tasks} are not those of the others {self.tasks}.")
         self.seed = seed
-        self.generator = torch.Generator()
         self.start()
 
     @property
@@ -241,7 +241,7 @@ class ConnectionStrength(GramianMethod):
         return "\n".join(f"{pair.form}: {pair.name}" for pair in self.pairs)
 
     def start(self) -> None:
-        self.generator.manual_seed(self.seed)
+        super().start()
         self.epoch = 0
         self.drawn = 0  # phase drawn for this epoch, 0 before the draw
 
@@ -251,6 +251,7 @@ class ConnectionStrength(GramianMethod):
         super().next_epoch()
 
     def sequential(self) -> bool:
+        """Whether the coming step is of phase 1; draws the phase where the schedule is mixed."""
         if self.phase is not None:
             return self.phase == 1
         assert self.epochs is not None
@@ -259,8 +260,21 @@ class ConnectionStrength(GramianMethod):
             self.drawn = 1 if first else 2
         return self.drawn == 1
 
-    def sequential_tasks(self) -> tuple[str, ...]:
-        return self.tasks
+    without_step = ", or fix phase=2"
+
+    def why_step(self) -> str:
+        return "its first phase runs one optimizer step per task."
+
+    def take_step(self, session: Session) -> Update:
+        before = self.get_extra_state()
+        if not self.sequential():
+            return super().take_step(session)
+        try:
+            return session.one_by_one(self.tasks)
+        except Exception:
+            if not session.descents:
+                self.set_extra_state(before)  # nothing has been trained: the draw of the phase was for nothing
+            raise
 
     def owners(self, pair: Pair) -> Tensor:
         """Position in ``self.tasks`` of the task that owns each channel of a layer (the first on a tie)."""
@@ -306,19 +320,20 @@ class ConnectionStrength(GramianMethod):
             members.append((dims, block[index]))
         return Partition(len(owners), tuple(members), torch.tensor(owners))
 
-    def rule(self, gramian: Tensor, context: Context) -> Tensor:
+    def rule(self, gramian: Array, context: Context) -> Array:
         owners = None if context.partition is None else context.partition.owners
         if owners is None:
             raise ValueError(
                 "connection_strength needs the blocks of a model's channels; use detente.backward or detente.step."
             )
-        weights = torch.ones(gramian.shape[:-1], dtype=torch.float64)
-        owned = (owners >= 0).nonzero().flatten()
-        owner = owners[owned]
+        weights = np.ones(gramian.shape[:-1])
+        owned = np.flatnonzero(owners.numpy() >= 0)
+        owner = owners.numpy()[owned]
         row = gramian[owned, owner]  # products with the owner's gradient, [owned blocks, T]
-        squared = row.gather(1, owner.unsqueeze(1)).squeeze(1)
-        against = row.clamp_max(0).sum(1)  # the owner's own product is not negative
-        weights[owned, owner] -= torch.where(squared > 0, against / squared, 0.0)
+        squared = row[np.arange(len(owned)), owner]
+        against = np.minimum(row, 0).sum(1)  # the owner's own product is not negative
+        positive = squared > 0
+        weights[owned, owner] -= np.where(positive, against / np.where(positive, squared, 1.0), 0.0)
         context.stats["phase"] = 2
         context.stats["protected"] = int((against < 0).sum())
         return weights

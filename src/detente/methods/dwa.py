@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from detente.method import Context, LossWeighting, Paper, TaskHistory, at_least
+from detente.method import Context, EpochWeighting, Paper, at_least
 
 __all__ = ["DWA"]
 
 
-class DWA(LossWeighting):
+class DWA(EpochWeighting):
     """DWA: more weight to tasks whose loss falls slowly.
 
     ``w = T softmax(r / temperature)`` with ``r_i`` the ratio of the task's mean losses of the last two epochs
@@ -43,21 +43,11 @@ class DWA(LossWeighting):
         2019,
         "1803.10704",
     )
-    needs = frozenset({"losses", "epochs"})
-    state = ("history",)
+    depth = 2
 
     def __init__(self, temperature: float = 2.0, window: int | None = None) -> None:
-        super().__init__()
+        super().__init__(window)
         self.temperature = at_least("temperature", temperature, 0, strict=True)
-        self.window = None if window is None else int(at_least("window", window, 1))
-        self.start()
-
-    def start(self) -> None:
-        self.history = TaskHistory(2, self.window)
-
-    def next_epoch(self) -> None:
-        self.history.close()
-        super().next_epoch()
 
     def rule(self, losses: Tensor, context: Context) -> Tensor:
         past = [self.history.past(task) for task in context.tasks]

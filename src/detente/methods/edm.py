@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import numpy as np
-from torch import Tensor
+import math
 
 from detente.method import Context, GramianMethod, Paper
-from detente.solvers import Array, cone, norms_and_cosines
+from detente.solvers import Array, any_of, cone, diagonal, flip, least, namespace, normalised, unit
 
 __all__ = ["EDM", "equiangular"]
 
 
-def equiangular(gramian: Array) -> tuple[Array, bool]:
-    """EDM coefficients ``[T]`` (sum 1) of a Gramian, and whether they are exact. Zero rows take all the weight."""
-    zero = np.diagonal(gramian) <= 0
-    if zero.any():
-        return zero / zero.sum(), True
-    norms, cosine = norms_and_cosines(gramian)
-    if len(norms) == 2:
-        return norms[::-1] / norms.sum(), True
-    solution = cone(cosine, np.ones(len(norms)))
-    weights = solution.y / (norms / norms.min())
-    return weights / weights.sum(), solution.exact
+def equiangular(gramian: Array, alive: Array) -> tuple[Array, Array]:
+    """EDM coefficients ``[B, T]`` (sum 1), and whether each block is exact. Living zero rows take all the weight."""
+    xp = namespace(gramian)
+    zero = alive & (diagonal(gramian) <= 0)
+    norms, cosine = unit(gramian)
+    if gramian.shape[-1] == 2:
+        weights = normalised(flip(norms), alive)
+        exact = weights[:, 0] >= 0
+    else:
+        solution = cone(cosine, xp.where(alive, 1.0, -1.0))
+        shortest = least(xp.where(alive, norms, math.inf))[:, None]
+        inverse = xp.where(alive, xp.where(alive, shortest, 1.0) / norms, 0.0)
+        weights, exact = normalised(solution.y * inverse, alive), solution.exact
+    return xp.where(any_of(zero)[:, None], normalised(zero * 1.0, zero), weights), exact
 
 
 class EDM(GramianMethod):
@@ -31,7 +33,10 @@ class EDM(GramianMethod):
     mean of their norms: ``d = v / sum_i (a_i / n_i)`` (Katrutsa et al. 2020). For two tasks
     ``d = (n2 g1 + n1 g2) / (n1 + n2)``. It never conflicts with a task, and rescaling one loss changes its length
     but not its direction. Zero where 0 is in the hull of the unit gradients. Solved exactly; tasks whose gradients
-    point the same way share their weight equally (the length depends on it).
+    point the same way share their weight equally (the length depends on it). ::
+
+        a = argmin_{a >= 0, sum a = 1} || sum_i a_i u_i ||,   u_i = g_i / n_i
+        d = (sum_i a_i u_i) / sum_i (a_i / n_i)
 
     Task-specific parameters follow their own loss.
 
@@ -56,6 +61,7 @@ class EDM(GramianMethod):
         "2007.06937",
     )
     nonconflicting = True
+    row_scale = "direction"
 
-    def rule(self, gramian: Tensor, context: Context) -> Tensor:
-        return self.per_block(equiangular, gramian, context)
+    def rule(self, gramian: Array, context: Context) -> Array:
+        return self.solved(equiangular(gramian, context.alive), context)

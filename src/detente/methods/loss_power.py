@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from detente.method import Context, LossWeighting, Paper, TaskHistory, at_least
+from detente.method import Context, EpochWeighting, Paper, at_least
 
 __all__ = ["LossPower"]
 
 
-class LossPower(LossWeighting):
+class LossPower(EpochWeighting):
     """Weights in proportion to a power of each task's mean loss of the last epoch.
 
     ``w_i = L_i**gamma / sum_k L_k**gamma``: the loss-based probabilities of wPCGrad (Bohn et al. 2024), for use as
@@ -41,22 +41,11 @@ class LossPower(LossWeighting):
         2024,
         "2409.01793",
     )
-    needs = frozenset({"losses", "epochs"})
     positive_losses = True
-    state = ("history",)
 
     def __init__(self, gamma: float = 1.0, window: int | None = None) -> None:
-        super().__init__()
+        super().__init__(window)
         self.gamma = at_least("gamma", gamma, 0)
-        self.window = None if window is None else int(at_least("window", window, 1))
-        self.start()
-
-    def start(self) -> None:
-        self.history = TaskHistory(1, self.window)
-
-    def next_epoch(self) -> None:
-        self.history.close()
-        super().next_epoch()
 
     def rule(self, losses: Tensor, context: Context) -> Tensor:
         past = [self.history.past(task) for task in context.tasks]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Literal
 
-from detente.method import Context, GramianMethod, Paper
-from detente.solvers import min_norm
+from detente.method import Context, GramianMethod, Paper, need_losses, one_of
+from detente.solvers import Array, diagonal, like, min_norm, namespace
 
 __all__ = ["MGDA"]
 
@@ -16,13 +16,26 @@ class MGDA(GramianMethod):
     ``d = J'a`` with ``a = argmin over the simplex of ||J'a||`` (Sener and Koltun 2018, Eq. 3). It never conflicts
     with a task and is zero exactly at Pareto-stationary points. CAGrad tends to its direction for large ``c``.
     A task with a small gradient takes most of the weight. With ``zero_rows="keep"`` a task with a zero gradient
-    takes all of it and the update is zero, as in the textbook. Solved exactly.
+    takes all of it and the update is zero, as in the textbook. Solved exactly. ::
+
+        c_i = 1, n_i, L_i or L_i n_i                      normalise = "none", "l2", "loss", "loss+"
+        a   = argmin_{a >= 0, sum a = 1} || sum_i a_i g_i / c_i ||
+        d   = sum_i a_i g_i
+
+    With a normaliser the weights are computed from normalised gradients and applied to the raw ones, as in the
+    authors' code; the update is then not the shortest vector of the raw hull and may conflict.
+
+    ``source="features"`` is the authors' MGDA-UB: gradients of the shared representation, one pass through the trunk.
 
     Task-specific parameters follow the weighted loss, as in the authors' code.
 
     Args:
+        normalise: ``"none"``, ``"l2"``, ``"loss"`` or ``"loss+"``.
         zero_rows: ``"drop"`` or ``"keep"`` tasks with a zero gradient.
         heads: gradient of task-specific parameters, ``"weighted"`` (default) or ``"own"``.
+
+    Raises:
+        ValueError: an option is unknown; a loss is not positive where losses normalise.
 
     Example:
         >>> import torch, detente
@@ -43,5 +56,35 @@ class MGDA(GramianMethod):
     heads = "weighted"
     nonconflicting = True
 
-    def rule(self, gramian: Tensor, context: Context) -> Tensor:
-        return self.per_block(min_norm, gramian, context)
+    def __init__(
+        self,
+        normalise: Literal["none", "l2", "loss", "loss+"] = "none",
+        *,
+        zero_rows: Literal["drop", "keep"] = "drop",
+        heads: Literal["own", "weighted"] | None = None,
+    ) -> None:
+        super().__init__(zero_rows=zero_rows, heads=heads)
+        self.normalise = one_of("normalise", normalise, ("none", "l2", "loss", "loss+"))
+        if self.normalise.startswith("loss"):
+            self.needs = self.needs | {"losses"}
+
+    def check(self, context: Context) -> None:
+        need_losses(self, context)
+        if "losses" in self.needs:
+            assert context.losses is not None
+            for task, loss in zip(context.tasks, context.losses.tolist(), strict=True):
+                if loss <= 0:
+                    raise ValueError(
+                        f"mgda(normalise={self.normalise!r}) divides by the losses; losses[{task!r}] is {loss:g}. "
+                        "Add a constant to this loss, or use normalise='l2'."
+                    )
+
+    def rule(self, gramian: Array, context: Context) -> Array:
+        xp = namespace(gramian)
+        scale = xp.ones_like(diagonal(gramian))
+        if self.normalise in ("l2", "loss+"):
+            square = diagonal(gramian)
+            scale = xp.sqrt(xp.where(square > 0, square, 1.0))
+        if self.normalise.startswith("loss"):
+            scale = scale * like(gramian, context.losses)
+        return self.solved(min_norm(gramian / scale[:, :, None] / scale[:, None, :], context.alive), context)

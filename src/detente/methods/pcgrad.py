@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from detente.method import Context, GramianMethod, Paper, one_of
+from detente.method import Context, GramianMethod, Paper, Seeded, one_of
+from detente.solvers import Array, unit
 
 __all__ = ["PCGrad"]
 
 
-class PCGrad(GramianMethod):
+class PCGrad(Seeded, GramianMethod):
     """PCGrad: each task's gradient loses its component against every task it conflicts with.
 
     For each task i, ``p_i = g_i``; for the other tasks j in random order, where ``p_i . g_j < 0``:
@@ -45,8 +46,7 @@ class PCGrad(GramianMethod):
         2020,
         "2001.06782",
     )
-    stochastic = True
-    state = ("generator",)
+    row_scale = None
 
     def __init__(
         self,
@@ -59,25 +59,21 @@ class PCGrad(GramianMethod):
         super().__init__(zero_rows=zero_rows, heads=heads)
         self.reduction = one_of("reduction", reduction, ("sum", "mean"))
         self.seed = seed
-        self.generator = torch.Generator()
         self.start()
 
-    def start(self) -> None:
-        self.generator.manual_seed(self.seed)
-
-    def rule(self, gramian: Tensor, context: Context) -> Tensor:
+    def rule(self, gramian: Array, context: Context) -> Array:
         count = gramian.shape[-1]
         # column k of `order` is the k-th task that each row meets; every row meets itself first, where nothing happens
         keys = torch.rand(count, count, generator=self.generator)
-        order = keys.fill_diagonal_(-1).argsort(1)
-        norms = gramian.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-        safe = torch.where(norms > 0, norms, 1.0)
-        unit = gramian / safe.unsqueeze(-1) / safe.unsqueeze(-2)
-        rows = torch.diag_embed(norms).contiguous()  # p_i over unit gradients
-        task = torch.arange(count)
+        order = keys.fill_diagonal_(-1).argsort(1).numpy()
+        norms, cosine = unit(gramian)
+        rows = np.zeros_like(cosine)  # p_i over unit gradients
+        task = np.arange(count)
+        rows[:, task, task] = norms
         for k in range(1, count):
             met = order[:, k]
-            dot = (rows * unit[:, met]).sum(-1)
-            rows[:, task, met] -= dot.clamp_max(0)
-        weights = rows.sum(1) / safe
-        return weights / count if self.reduction == "mean" else weights
+            dot = (rows * cosine[:, met]).sum(-1)
+            rows[:, task, met] -= np.minimum(dot, 0)
+        rows = rows * context.alive[:, :, None]
+        weights = rows.sum(1) / norms
+        return weights / context.alive.sum(-1, keepdims=True) if self.reduction == "mean" else weights

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from detente.method import Context, LossWeighting, Paper
+from detente.method import Context, LossWeighting, Paper, Seeded, one_of
 
 __all__ = ["RLW"]
 
 
-class RLW(LossWeighting):
+class RLW(Seeded, LossWeighting):
     """RLW: random weights, fresh in every step.
 
-    ``w = softmax(z)`` with ``z`` standard normal (Lin et al. 2022): on average equal weights 1/T. A sobering
-    baseline for learned weights.
+    On average equal weights 1/T (Lin et al. 2022): a sobering baseline for learned weights. ::
+
+        z ~ distribution, one number per task
+        w = softmax(z)         normal (default), uniform
+        w = z                  Dirichlet(1); Bernoulli(1/2) divided by its sum, drawn again while all are 0
 
     Args:
+        distribution: ``"normal"``, ``"uniform"``, ``"dirichlet"`` or ``"bernoulli"``.
         seed: of the weights; the generator is part of the state.
+
+    Raises:
+        ValueError: the distribution is unknown.
 
     Example:
         >>> import torch, detente
@@ -34,20 +43,31 @@ class RLW(LossWeighting):
         "Transactions on Machine Learning Research",
         2022,
         "2111.10603",
+        "article",
     )
     needs = frozenset()
-    stochastic = True
     homogeneity = 1.0
-    state = ("generator",)
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(
+        self,
+        distribution: Literal["normal", "uniform", "dirichlet", "bernoulli"] = "normal",
+        seed: int = 0,
+    ) -> None:
         super().__init__()
+        self.distribution = one_of("distribution", distribution, ("normal", "uniform", "dirichlet", "bernoulli"))
         self.seed = seed
-        self.generator = torch.Generator()
         self.start()
 
-    def start(self) -> None:
-        self.generator.manual_seed(self.seed)
-
     def rule(self, losses: Tensor, context: Context) -> Tensor:
-        return torch.softmax(torch.randn(len(losses), dtype=torch.float64, generator=self.generator), 0)
+        count = len(losses)
+        if self.distribution == "normal":
+            return torch.softmax(torch.randn(count, dtype=torch.float64, generator=self.generator), 0)
+        uniform = torch.rand(count, dtype=torch.float64, generator=self.generator)
+        if self.distribution == "uniform":
+            return torch.softmax(uniform, 0)
+        if self.distribution == "bernoulli":
+            while not bool((uniform < 0.5).any()):
+                uniform = torch.rand(count, dtype=torch.float64, generator=self.generator)
+            return (uniform < 0.5).double() / (uniform < 0.5).sum()
+        exponential = -torch.log1p(-uniform)  # normalised exponentials are Dirichlet(1)
+        return exponential / exponential.sum()

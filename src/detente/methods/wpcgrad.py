@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from detente.method import Context, GramianMethod, Paper, TaskWeights, Weights, one_of
+from detente.method import Context, GramianMethod, Paper, Seeded, TaskWeights, Weights, one_of
+from detente.solvers import EPS, Array, times, unit
 
 __all__ = ["WPCGrad"]
 
 
-class WPCGrad(GramianMethod):
+class WPCGrad(Seeded, GramianMethod):
     """wPCGrad: where tasks conflict, a probability distribution decides whose gradient stays whole.
 
     Tasks are ordered by drawing from ``priority`` without replacement. In that order each task is the reference:
@@ -64,8 +65,6 @@ class WPCGrad(GramianMethod):
         2024,
         "2409.01793",
     )
-    stochastic = True
-    state = ("generator",)
 
     def __init__(
         self,
@@ -83,11 +82,7 @@ class WPCGrad(GramianMethod):
         self.priority = TaskWeights("priority", priority)
         self.needs = self.needs | self.priority.needs
         self.seed = seed
-        self.generator = torch.Generator()
         self.start()
-
-    def start(self) -> None:
-        self.generator.manual_seed(self.seed)
 
     def check(self, context: Context) -> None:
         self.priority.check(context)
@@ -104,25 +99,24 @@ class WPCGrad(GramianMethod):
         keys = torch.where(possible, drawn, torch.where(possible, 0.0, noise[1]))
         return sorted(range(len(keys)), key=lambda i: (bool(possible[i]), float(keys[i])), reverse=True)
 
-    def rule(self, gramian: Tensor, context: Context) -> Tensor:
+    def rule(self, gramian: Array, context: Context) -> Array:
         count = gramian.shape[-1]
         assert context.shares is not None
         order = self.draw(context.shares)
-        norms = gramian.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-        safe = torch.where(norms > 0, norms, 1.0)
-        unit = gramian / safe.unsqueeze(-1) / safe.unsqueeze(-2)
+        norms, cosine = unit(gramian)
         # every gradient in units of its own norm: comparisons and corrections are then free of scale
-        rows = torch.eye(count, dtype=torch.float64).expand(len(gramian), -1, -1).clone()
+        rows = np.eye(count) * context.alive[:, :, None]
         for i in order[:1] if self.mode == "anchor" else order:
-            reference = rows[:, i].clone()
+            reference = rows[:, i].copy()
             if self.mode == "sequence_original":
-                reference.zero_()
-                reference[:, i] = 1.0
-            image = torch.einsum("bij,bj->bi", unit, reference)
-            length = (reference * image).sum(-1, keepdim=True)
-            dot = torch.einsum("bij,bj->bi", rows, image).clamp_max(0)
+                reference[:] = 0.0
+                reference[:, i] = context.alive[:, i]
+            image = times(cosine, reference)
+            length = (reference * image).sum(-1)[:, None]
+            dot = np.minimum((rows @ image[:, :, None])[..., 0], 0)
             dot[:, i] = 0.0
-            share = torch.where(length > 64 * count * math.ulp(1.0), dot / length, 0.0)
-            rows -= share.unsqueeze(-1) * reference.unsqueeze(-2)
-        weights = (rows * norms.unsqueeze(-1)).sum(1) / safe
-        return weights / count if self.reduction == "mean" else weights
+            usable = length > 64 * count * EPS
+            share = np.where(usable, dot / np.where(usable, length, 1.0), 0.0)
+            rows -= share[:, :, None] * reference[:, None, :]
+        weights = (rows * norms[:, :, None]).sum(1) / norms
+        return weights / context.alive.sum(-1, keepdims=True) if self.reduction == "mean" else weights

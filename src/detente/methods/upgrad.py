@@ -1,0 +1,86 @@
+"""Unconflicting projection of gradients."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from detente.method import Context, GramianMethod, Paper, TaskWeights, Weights
+from detente.solvers import Array, identity, like, namespace, normalised, projected
+
+__all__ = ["PAPER", "UPGrad"]
+
+PAPER = Paper(
+    "quinton2024jacobian",
+    "Jacobian Descent for Multi-Objective Optimization",
+    "Quinton, Pierre and Rey, Valerian",
+    "arXiv:2406.16232",
+    2024,
+    "2406.16232",
+    "misc",
+)
+
+
+class UPGrad(GramianMethod):
+    """UPGrad: every gradient is projected on the vectors that conflict with no task, then all are averaged.
+
+    Quinton and Rey (2024). ::
+
+        K   = {d : g_j . d >= 0 for all j}
+        d   = sum_i p_i proj_K(g_i)             p = 1/T, or the preference
+        proj_K(g_i) = J'v,   v = argmin v'Gv  subject to  v >= e_i
+
+    Never conflicts with a task; without conflicts it is the mean gradient. Linear under rescaling of single losses.
+    Solved exactly, whatever the gradients' scales.
+
+    Task-specific parameters follow their own loss.
+
+    Args:
+        preference: weights of the tasks in the sum: None for the mean, a vector or mapping that sums to 1, or a loss
+            weighting such as :class:`DWA`.
+        zero_rows: ``"drop"`` leaves tasks with a zero gradient out of the mean, ``"keep"`` counts them.
+        heads: gradient of task-specific parameters, ``"own"`` (default) or ``"weighted"``.
+
+    Raises:
+        ValueError: ``preference`` does not sum to 1.
+
+    Example:
+        >>> import torch, detente
+        >>> J = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])
+        >>> d = detente.aggregate(J, detente.UPGrad())
+        >>> d.tolist(), bool((J @ d >= 0).all())
+        ([0.25, 0.75], True)
+    """
+
+    name = "upgrad"
+    paper = PAPER
+    nonconflicting = True
+    row_scale: Literal["linear"] | None = "linear"
+
+    def __init__(
+        self,
+        preference: Weights = None,
+        *,
+        zero_rows: Literal["drop", "keep"] = "drop",
+        heads: Literal["own", "weighted"] | None = None,
+    ) -> None:
+        super().__init__(zero_rows=zero_rows, heads=heads)
+        self.preference = TaskWeights("preference", preference)
+        self.needs = self.needs | self.preference.needs
+
+    def check(self, context: Context) -> None:
+        self.preference.check(context)
+
+    def prepare(self, context: Context) -> Context:
+        return replace(context, shares=self.preference(context))
+
+    def rule(self, gramian: Array, context: Context) -> Array:
+        shares = normalised(like(gramian, context.shares), context.alive)
+        return self.combine(gramian, shares, context)
+
+    def combine(self, gramian: Array, shares: Array, context: Context) -> Array:
+        """The projections of all gradients, averaged."""
+        xp = namespace(gramian)
+        each = xp.broadcast_to(identity(gramian) * 1.0, gramian.shape)
+        every = self.solved(projected(gramian, each, context.alive), context)
+        return (shares[:, None, :] @ every)[:, 0]
