@@ -72,3 +72,34 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
 }
 SIZES = (1, 2, 3, 10, 40)
 CASES = [(name, T) for name in SAMPLERS for T in SIZES]
+
+
+def listed() -> dict[str, Tensor]:
+    """The cases that break one peer or another, by name."""
+    J = normal(3, 40, 11)
+    cases = {
+        "random": J,
+        "random T=2": normal(2, 40, 12),
+        "random T=10": normal(10, 60, 13),
+        "conflicting": conflicting(3, 14),
+        "conflicting T=10": conflicting(10, 15),
+        "duplicate rows": J[[0, 1, 1]],
+        "one zero row": torch.stack([J[0], 0 * J[1], J[2]]),
+        "all rows zero": 0 * J,
+        "all x 1e-8": 1e-8 * J,
+        "all x 1e8": 1e8 * J,
+        "rows x (1e-3, 1, 1)": torch.tensor([[1e-3], [1.0], [1.0]]).double() * J,
+        "rows x (1e-2, 1, 1e2)": torch.tensor([[1e-2], [1.0], [1e2]]).double() * J,
+        "rows x (1e-8, 1, 1e8)": torch.tensor([[1e-8], [1.0], [1e8]]).double() * J,
+        "T = 1": J[:1],
+        "g, -g": torch.stack([J[0], -J[0]]),
+        "g, -g + 1e-5 noise": torch.stack([J[0], -J[0] + 1e-5 * normal(1, 40, 16)[0]]),
+        "T = 100, n = 1000": normal(100, 1000, 17),
+        "T = 100, n = 20": normal(100, 20, 18),
+    }
+    scales = torch.tensor([[1e-8], [1.0], [1e8]]).double()
+    cases["conflicting, rows x (1e-8, 1, 1e8)"] = scales * conflicting(3, 14)
+    return cases
+
+
+LISTED = listed()

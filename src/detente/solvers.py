@@ -25,6 +25,7 @@ __all__ = [
     "EPS",
     "Array",
     "Cone",
+    "Spectrum",
     "any_of",
     "ball",
     "bargain",
@@ -299,7 +300,7 @@ def cone(cosine: Array, target: Array) -> Cone:
     positive = floor(y, 0.0)
     ray = positive / floor(total(positive), EPS**8)
     endless = ~fine & ~any_of(xp.abs(times(cosine, ray)) > 16 * EPS * count) & (most(positive) > 0)
-    endless = endless & ((ray * target).sum(-1) > 0)
+    endless = endless & ((ray * target).sum(-1) > 256 * EPS * (ray * xp.abs(target)).sum(-1))
     y = _even(cosine, target, xp.where(endless[:, None], ray, positive))
     if not isinstance(y, Tensor):
         for b in np.flatnonzero(~(fine | endless)):
@@ -623,14 +624,15 @@ def _bounded_level(
 ) -> tuple[Array, Array]:
     """On the device: where no level above ``top`` exists, the shortest step that reaches ``top``."""
     xp = namespace(cosine)
-    hull = cone(cosine, xp.where(moving, inverse, -1.0))
-    # a convex combination of the gradients that is 0 bounds the level by the same combination of the pulls
-    ray = xp.where(hull.bounded[:, None], 0.0, hull.y)
-    bound = (ray * along).sum(-1) / floor((ray * inverse).sum(-1), EPS**8)
-    top = xp.minimum(xp.where(hull.bounded, math.inf, bound), ceiling)
-    limit = xp.where(xp.isfinite(top), top, 0.0)
-    found = cone(cosine, xp.where(moving, limit[:, None] * inverse - along, -1.0))
-    reached = xp.isfinite(top) & ((found.y * times(cosine, found.y)).sum(-1) <= 1) & ~exact
+    top = xp.minimum(least(xp.where(moving, (along + 1) / xp.where(moving, inverse, 1.0), math.inf)), ceiling)
+    top = xp.where(xp.isfinite(top), top, 0.0)
+    for _ in range(8):
+        found = cone(cosine, xp.where(moving, top[:, None] * inverse - along, -1.0))
+        # a convex combination of the gradients that is 0 bounds the level by the same combination of the pulls
+        ray = xp.where(found.bounded[:, None], 0.0, found.y)
+        bound = (ray * along).sum(-1) / floor((ray * inverse).sum(-1), EPS**8)
+        top = xp.where(found.bounded, top, xp.minimum(bound, top))
+    reached = found.bounded & ((found.y * times(cosine, found.y)).sum(-1) <= 1) & ~exact
     return xp.where(reached[:, None], found.y, y), exact | (reached & found.exact)
 
 
@@ -645,15 +647,18 @@ def _walk(
 
     low = float((pull / inverse).min())
     high = min(float(((pull + 1) / inverse).min()), ceiling)
-    hull = cone(cosine[None], inverse[None])
-    if not hull.bounded[0]:
-        ray = hull.y[0]
-        high = min(high, float(ray @ pull) / float(ray @ inverse))
-    at_top, certain = step(high)
-    if at_top @ cosine @ at_top <= 1:
-        return at_top, certain
+    for _ in range(10 + 2 * len(pull)):
+        solution = cone(cosine[None], (high * inverse - pull)[None])
+        y, exact = solution.y[0], bool(solution.exact[0])
+        if solution.bounded[0]:
+            break
+        # a convex combination of the gradients that is 0 bounds the level by the same combination of the pulls
+        high = min(high, float(y @ pull) / float(y @ inverse))
+    else:
+        return np.zeros_like(pull), False
+    if y @ cosine @ y <= 1:
+        return y, exact
     level = high
-    y, exact = at_top, certain
     for _ in range(100):
         index = np.flatnonzero(y)
         if len(index) == 0:
@@ -726,28 +731,37 @@ def _newton(cosine: Array, rate: Array, power: float, alive: Array, start: Array
     y = start
     exact = xp.zeros_like(alive[:, 0])
     diagonal_mask = identity(cosine)
+    done = exact
+    before = xp.full_like(y[:, 0], math.inf)
     for _ in range(60):
         force = p * y ** (-power)
         product = times(matrix, y)
         gap = force - product
-        exact = ~any_of(~(xp.abs(gap) <= 8 * EPS * count * (force + times(magnitude, y))))
-        if _finished(exact):
+        if _finished(done):
             break
         hessian = matrix + xp.where(diagonal_mask, (power * force / y)[..., None], 0.0)
         step = _linear(hessian, gap[..., None])[..., 0]
-        # as far as positive, then back until the slope along the step is no longer upwards by more than it was down
-        room = least(xp.where(step < 0, -y / xp.where(step < 0, step, -1.0), math.inf))
-        length = xp.clip(0.95 * room, None, 1.0)
-        slope = (gap * step).sum(-1)
-        for _ in range(6):
-            trial = y + length[:, None] * step
-            ahead = ((p * trial ** (-power) - times(matrix, trial)) * step).sum(-1)
-            over = ahead < -0.9 * slope
-            if _finished(~over):
-                break
-            length = xp.where(over, length / 2, length)
+        relative = most(xp.abs(step) / y)
+        length = xp.ones_like(relative)
+        if not _finished(relative < 0.3):
+            # as far as positive, then back until the slope along the step is not steeper upwards than it was down
+            room = least(xp.where(step < 0, -y / xp.where(step < 0, step, -1.0), math.inf))
+            length = xp.clip(0.95 * room, None, 1.0)
+            slope = (gap * step).sum(-1)
+            for _ in range(6):
+                trial = y + length[:, None] * step
+                over = ((p * trial ** (-power) - times(matrix, trial)) * step).sum(-1) < -0.9 * slope
+                if _finished(~over):
+                    break
+                length = xp.where(over, length / 2, length)
         moved = y + length[:, None] * step
-        y = xp.where(exact[:, None] | ~(moved > 0), y, moved)
+        sound = ~done & (moved > 0).all(-1)
+        y = xp.where(sound[:, None], moved, y)
+        # Newton squares small steps; where they no longer shrink they are rounding
+        done = done | (relative < 1e-9) | ((relative < 1e-4) & (relative >= before / 2))
+        before = relative
+    force = p * y ** (-power)
+    exact = ~any_of(~(xp.abs(force - times(matrix, y)) <= 32 * EPS * count * (force + times(magnitude, y))))
     return y, exact
 
 
@@ -769,36 +783,48 @@ def _eigh(matrix: Array) -> tuple[Array, Array]:
     return found[0], found[1]
 
 
-def spectrum(gramian: Array) -> tuple[Array, Array, Array]:
-    """Eigenvalues ``[B, T]`` and eigenvectors ``[B, T, T]`` (columns) of a Gramian, and which are not rounding.
+class Spectrum(NamedTuple):
+    """Singular value decomposition of the gradients, ``J = V S W'``, seen through their Gramian.
 
-    Each eigenvalue carries the relative accuracy of the *cosines*, however uneven the gradients' norms are: unlike
-    LAPACK's, whose errors are relative to the largest one. One-sided Jacobi rotations on a Cholesky factor (Demmel and
-    Veselic 1992) where the norms differ by more than 100, else LAPACK.
-
-    Returns:
-        Eigenvalues in no particular order, eigenvectors of unit length, and ``[B, T]`` bool: True for the numerical
-        rank, which is decided on the cosines.
+    Attributes:
+        lengths: ``[B, T]`` singular values, in no particular order.
+        left: ``[B, T, T]`` left singular vectors V, in columns.
+        kept: ``[B, T]`` bool, True for the numerical rank, which is decided on the cosines.
+        back: ``[B, T, T]``: ``a = back @ c`` are the coefficients of ``sum_k c_k w_k``, w_k right singular vectors.
     """
-    count = gramian.shape[-1]
+
+    lengths: Array
+    left: Array
+    kept: Array
+    back: Array
+
+
+def spectrum(gramian: Array) -> Spectrum:
+    """Singular values and vectors of the gradients behind a Gramian.
+
+    Everything carries the relative accuracy of the *cosines*, however uneven the gradients' norms are: unlike LAPACK's
+    eigenvalues, whose errors are relative to the largest one. One-sided Jacobi rotations on a Cholesky factor (Demmel
+    and Veselic 1992) where the norms differ by more than 100, and on a device, else LAPACK.
+    """
     if isinstance(gramian, Tensor):
         return _jacobi(gramian)
+    count = gramian.shape[-1]
     norms, _ = unit(gramian)
     alive = diagonal(gramian) > 0
-    with np.errstate(all="ignore"):
-        wide = np.where(alive, norms, 0.0).max(-1) > 100 * np.where(alive, norms, math.inf).min(-1)
-    scale = np.where(alive, norms, 0.0).max(-1)[:, None, None]
-    scale = np.where(scale > 0, scale, 1.0)
-    values, vectors = np.linalg.eigh(gramian / scale / scale)
-    kept = values > 8 * EPS * count * values.max(-1, keepdims=True)
-    values = values * scale[..., 0] * scale[..., 0]
+    longest = np.where(alive, norms, 0.0).max(-1)
+    wide = longest > 100 * np.where(alive, norms, math.inf).min(-1)
+    scale = np.where(longest > 0, longest, 1.0)
+    values, left = np.linalg.eigh(gramian / scale[:, None, None] ** 2)
+    kept = values > 8 * EPS * count * np.maximum(values[:, -1:], EPS)
+    lengths = np.sqrt(np.where(kept, values, 0.0)) * scale[:, None]
+    back = left * np.where(kept, 1 / np.where(kept, lengths, 1.0), 0.0)[:, None, :]
     if wide.any():
-        values[wide], vectors[wide], kept[wide] = _jacobi(gramian[wide])
-    return values, vectors, kept
+        lengths[wide], left[wide], kept[wide], back[wide] = _jacobi(gramian[wide])
+    return Spectrum(lengths, left, kept, back)
 
 
-def _jacobi(gramian: Array) -> tuple[Array, Array, Array]:
-    """One-sided Jacobi on the pivoted Cholesky factor of the cosines, times the norms."""
+def _jacobi(gramian: Array) -> Spectrum:
+    """Jacobi rotations on ``G = F F'``, F the norms times a pivoted Cholesky factor of the cosines."""
     xp = namespace(gramian)
     count = gramian.shape[-1]
     norms, cosine = unit(gramian)
@@ -813,27 +839,30 @@ def _jacobi(gramian: Array) -> tuple[Array, Array, Array]:
     for _ in range(count):
         left = diagonal(rest)
         score = xp.where(left > 16 * EPS * count, left * priority**2, 0.0)
-        chosen = most(score)[:, None]
+        usable = most(score)[:, None] > 0
         at = xp.argmax(score, -1)[:, None] == place
-        usable = chosen > 0
         pivot = xp.where(usable, total(xp.where(at, left, 0.0)), 1.0)
         column = xp.where(usable, times(rest, at * 1.0) / xp.sqrt(pivot), 0.0)
         columns.append(column)
         rest = rest - column[:, :, None] * column[:, None, :]
         rest = xp.where(usable[:, :, None] & (at[:, :, None] | at[:, None, :]), 0.0, rest)
-    factor = xp.stack(columns, -1) * xp.where(alive, norms / scale, 0.0)[:, :, None]  # G = F F', F [B, T, T]
-    if count > 1:
-        factor = _orthogonalised(factor)
-    length = xp.sqrt((factor**2).sum(-2))
-    kept = length > 0
-    vectors = factor / xp.where(kept, length, 1.0)[:, None, :]
-    return (length * scale) ** 2, vectors, kept
+    lower = xp.stack(columns, -1)
+    turned, turns = _orthogonalised(lower * priority[:, :, None])
+    lengths = xp.sqrt((turned**2).sum(-2))
+    kept = lengths > 0
+    vectors = turned / xp.where(kept, lengths, 1.0)[:, None, :]
+    # J' = (rotated parameters) F': the way back goes through the well-conditioned factor of the cosines
+    back = xp.swapaxes(xp.linalg.pinv(lower, 1e-12), -1, -2) @ turns / norms[:, :, None]
+    return Spectrum(lengths * scale, vectors, kept, xp.where(kept[:, None, :], back, 0.0))
 
 
-def _orthogonalised(factor: Array) -> Array:
-    """Rotations of pairs of columns until all are orthogonal; T / 2 disjoint pairs at a time."""
+def _orthogonalised(factor: Array) -> tuple[Array, Array]:
+    """``factor @ turns`` with orthogonal columns, and the rotations; T / 2 disjoint pairs of columns at a time."""
     xp = namespace(factor)
     count = factor.shape[-1]
+    turns = xp.zeros_like(factor) + identity(factor)
+    if count == 1:
+        return factor, turns
     even = count + count % 2
     ring = list(range(even))
     for _ in range(30):
@@ -860,7 +889,12 @@ def _orthogonalised(factor: Array) -> Array:
             t = xp.where(turn, t, 0.0)
             cos = 1 / xp.sqrt(1 + t * t)
             sin = cos * t
-            factor[:, :, i], factor[:, :, j] = cos[:, None] * x - sin[:, None] * y, sin[:, None] * x + cos[:, None] * y
+            for matrix in (factor, turns):
+                x, y = matrix[:, :, i], matrix[:, :, j]
+                matrix[:, :, i], matrix[:, :, j] = (
+                    cos[:, None] * x - sin[:, None] * y,
+                    sin[:, None] * x + cos[:, None] * y,
+                )
         if xp is np and worst <= 8 * EPS * count:
             break
-    return factor
+    return factor, turns

@@ -118,7 +118,7 @@ def fairgrad_reduced(U: Array, n: Array, alpha: float) -> Array:
 
 
 def fairgrad(J: Array, alpha: float) -> Bargain:
-    """w > 0 with G w = w^(-1/alpha)."""
+    """w > 0 with G w = w^(-1/alpha). Below alpha = 1/2 the self-check may refuse rows whose scales differ by 1e16."""
     T, kept = len(J), live(J)
     if not kept.size:
         return Bargain(np.zeros(T), np.zeros(J.shape[1]), 0.0)

@@ -66,7 +66,7 @@ def svd(J: Array) -> tuple[Array, Array]:
     W = reduced(J)
     T = len(W)
     R = np.eye(T, dtype=LONG)
-    tiny = (1e-15 * float(norms(W).max())) ** 2
+    tiny = (1e-25 * float(norms(W).max())) ** 2
     for _ in range(60):
         turned = False
         for p in range(T - 1):
@@ -360,36 +360,41 @@ def conicgrad(J: Array, c: float) -> tuple[Array, float]:
     # the cone binds: d = c h + s z, z orthogonal to h and at most 1 long
     basis = np.linalg.qr(units.T)[0] if units.shape[1] > len(rows) else np.eye(units.shape[1])
     across = np.array([u - np.dot(u, h) * h for u in units]) @ basis
+    across[norms(across) <= 1e-13] = 0.0  # rounding of a gradient along h
     best: list[tuple[float, Array, Array]] = []
 
+    def demands(level: float) -> tuple[Array, Array]:
+        """across . z >= demands for g_i . d >= level n_min, and the tasks that a z of length 1 can fail."""
+        values = (level * share - c * along) / s
+        return values, np.flatnonzero(values > -1 - 1e-9)
+
     def excess(level: float) -> float:
-        """Shortest z with g_i . d >= level n_min for all i: how much longer than 1."""
-        levels = (level * share - c * along) / s
-        found = shortest(across, levels)
-        if found is None or (across @ found[0] - levels).min() < -1e-10:
+        """How much longer than 1 the shortest z is."""
+        values, binding = demands(level)
+        found = shortest(across[binding], values[binding])
+        if found is None or (across[binding] @ found[0] - values[binding]).min(initial=0.0) < -1e-10:
             return 1e6
         size = float(np.sqrt(np.dot(found[0], found[0])))
         if size <= 1 + 1e-13 and (not best or level >= best[0][0]):
-            best[:] = [(level, *found)]
+            best[:] = [(level, found[0], spread(found[1], binding, len(rows)))]
         return size - 1
 
     low = float((c * along / share).min())
     high = 0.0 if inside else float((n / n.min() * (np.abs(along) + 1)).min()) + 1e-6
-    low = min(low, high)
+    low = min(low - 1e-13 * (1 + abs(low)), high)
     if excess(low) < 0 < excess(high):
         brentq(excess, low, high, xtol=1e-16, rtol=1e-15, maxiter=500)
     level, z, multipliers = best[0]
     d = c * h + s * (basis @ z)
-    if (
-        np.dot(z, z) < 1 - 1e-9
-    ):  # no z at all reaches a higher level: the weights that prove it take the multipliers' place
-        above = (level + 1e-9 * max(1.0, abs(level))) * share - c * along
+    if np.dot(z, z) < 1 - 1e-9:  # no z at all reaches a higher level: use the weights that prove it
+        values, binding = demands(level + 1e-9 * max(1.0, abs(level)))
         goal = np.append(np.zeros(across.shape[1]), 1.0)
-        multipliers = nnls_polished(np.vstack([across.T, above / np.abs(above).max()]), goal)
+        proof = nnls_polished(np.vstack([across[binding].T, values[binding]]), goal)
+        multipliers = spread(proof, binding, len(rows))
     weights = multipliers / n
     bound = conic_support(gd(rows, weights / weights.sum()), h, c)
     for u, n_i in zip(units, n, strict=True):
-        assert bound / n_i - np.dot(u, d) <= 1e-8, "ConicGrad oracle: not optimal"
+        assert bound / n_i - np.dot(u, d) <= 1e-8 * max(1.0, abs(bound) / n_i), "ConicGrad oracle: not optimal"
     size = np.sqrt(np.dot(d, d))
     return (length * d / size if size > INSIDE else np.zeros(J.shape[1])), float(level * n.min())
 

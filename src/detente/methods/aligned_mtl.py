@@ -81,14 +81,12 @@ class AlignedMTL(GramianMethod):
         xp = namespace(gramian)
         number = context.alive.sum(-1)[:, None]
         wanted = normalised(like(gramian, context.shares), context.alive) * number
-        values, vectors, kept = spectrum(gramian)
-        roots = xp.sqrt(xp.where(kept, values, 1.0))
-        length = self._length(xp.where(kept, roots, math.inf), kept)
-        inside = times(xp.swapaxes(vectors, -1, -2), wanted)
-        return times(vectors, xp.where(kept, inside * (length / roots), 0.0))
+        parts = spectrum(gramian)
+        length = self._length(xp.where(parts.kept, parts.lengths, math.inf), parts.kept)
+        return times(parts.back, length * times(xp.swapaxes(parts.left, -1, -2), wanted))
 
     def _length(self, roots: Array, kept: Array) -> Array:
-        """``[B, 1]``: the common length, from square roots that are infinite where they do not count."""
+        """``[B, 1]``: the common length, from lengths that are infinite where they do not count."""
         xp = namespace(roots)
         number = kept.sum(-1)[:, None]
         if self.scale == "min":

@@ -49,11 +49,12 @@ class GDOD(GramianMethod):
 
     def rule(self, gramian: Array, context: Context) -> Array:
         xp = namespace(gramian)
-        values, vectors, kept = spectrum(gramian)
+        parts = spectrum(gramian)
         norms, _ = unit(gramian)
         # cosine between each gradient and each direction: below rounding counts as no component at all
-        cosine = vectors * xp.sqrt(xp.where(kept, values, 0.0))[:, None, :] / norms[:, :, None]
-        up, down = (cosine > 1e-12).any(-2), (cosine < -1e-12).any(-2)
-        shared = kept & ~(up & down)
+        component = parts.left * parts.lengths[:, None, :]
+        cosine = component / norms[:, :, None]
+        up, down = (cosine > 1e-10).any(-2), (cosine < -1e-10).any(-2)
+        shared = parts.kept & ~(up & down)
         alive = (context.alive & (diagonal(gramian) > 0)) * 1.0
-        return times(vectors, xp.where(shared, times(xp.swapaxes(vectors, -1, -2), alive), 0.0))
+        return times(parts.back, xp.where(shared, times(xp.swapaxes(component, -1, -2), alive), 0.0))

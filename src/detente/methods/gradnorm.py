@@ -115,7 +115,10 @@ class GradNorm(GramianMethod):
         weights = len(share) * share
         rate = losses / torch.tensor([self.initial[t] for t in context.tasks], dtype=torch.float64)
         weighted = weights * norms
-        slope = torch.sign(weighted - weighted.mean() * (rate / rate.mean()) ** self.alpha) * norms
+        target = weighted.mean() * (rate / rate.mean()) ** self.alpha
+        # a norm within rounding of its target is on it
+        off = torch.where((weighted - target).abs() > 1e-12 * torch.maximum(weighted, target), weighted - target, 0.0)
+        slope = off.sign() * norms
         # through w = T softmax(z)
         self.logits.descend(context.tasks, weights * (slope - share @ slope))
         answer: Array = weights.expand(len(gramian), -1).numpy()
