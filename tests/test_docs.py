@@ -10,27 +10,33 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+EXPECTED = {"README.md": 2, "docs/architectures.md": 6}  # at least so many blocks
+BLOCKS = [
+    pytest.param(document, block, id=f"{document} {k}")
+    for document in EXPECTED
+    for k, block in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL))
+]
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"line {block.count(chr(10))}")
+@pytest.mark.parametrize(("document", "block"), BLOCKS)
 # LazyLinear announces that it is experimental
 @pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
-def test_readme_blocks_run(block, monkeypatch, tmp_path):
+def test_blocks_run(document, block, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    exec(compile(block, document, "exec"), {"__name__": "document"})
 
 
-def test_there_are_readme_blocks():
-    assert len(BLOCKS) >= 2
+@pytest.mark.parametrize("document", EXPECTED)
+def test_there_are_blocks(document):
+    assert sum(param.values[0] == document for param in BLOCKS) >= EXPECTED[document]
 
 
-@pytest.mark.parametrize("document", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("document", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/architectures.md"])
 def test_linked_files_exist(document):
     prose = re.sub(r"```.*?```", "", (ROOT / document).read_text(), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)#]+)\)", prose):
         if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+            assert (ROOT / document).parent.joinpath(target).exists(), target
 
 
 def test_generated_files_are_fresh():

@@ -178,7 +178,7 @@ class Method(nn.Module, ABC):
     """Backward passes per step."""
     memory: ClassVar[str] = "-"
     """What the history holds, for T tasks, P shared parameters and B blocks."""
-    state: ClassVar[tuple[str, ...]] = ()
+    state: tuple[str, ...] = ()
     native_granularity: ClassVar[str] = "model"
 
     # Declared properties: each picks a check of the conformance suite.
@@ -188,10 +188,12 @@ class Method(nn.Module, ABC):
     permutation_equivariant: ClassVar[bool] = True
     """Permuting the tasks leaves the update as it was."""
     homogeneity: float | None = 1.0
-    """k such that scaling all gradients by s scales the update by s**k; None where there is none."""
-    row_scale: Literal["invariant", "direction", "linear"] | None = None
-    """What scaling one task's gradient does: nothing; nothing to the direction; the update is a sum with one term
-    linear in each gradient; None: anything."""
+    """k such that scaling all gradients by s (but not the losses) scales the update by s**k; None: there is none."""
+    spans: ClassVar[bool] = True
+    """A first update lies in the span of the task gradients."""
+    row_scale: tuple[Literal["invariant", "direction", "linear"], ...] = ()
+    """What scaling one task's gradient does to the update: nothing; nothing to its direction; it is affine in the
+    scale. Empty: none of these."""
     exempt: ClassVar[Mapping[str, str]] = {}
     """Checks of the conformance suite that cannot apply, each with the reason."""
 
@@ -285,7 +287,7 @@ class Seeded(Method):
     """A method that draws random numbers, from a generator of its own that is part of its state."""
 
     stochastic: ClassVar[bool] = True
-    state: ClassVar[tuple[str, ...]] = ("generator",)
+    state: tuple[str, ...] = ("generator",)
     memory: ClassVar[str] = "generator"
     seed: int = 0
 
@@ -311,7 +313,7 @@ class GramianMethod(Method):
 
     kind: ClassVar[str] = "gramian"
     needs: frozenset[str] = frozenset({"gramian"})
-    own_weighting: LossWeighting | None = None
+    own_weighting: LossWeighting | None
     """A loss weighting that belongs to the method: it sees weighted losses and gradients."""
 
     def __init__(self, *, zero_rows: Literal["drop", "keep"] = "drop", heads: str | None = None) -> None:
@@ -319,6 +321,7 @@ class GramianMethod(Method):
         self.zero_rows = one_of("zero_rows", zero_rows, ("drop", "keep"))
         if heads is not None:
             self.heads = one_of("heads", heads, ("own", "weighted"))
+        self.own_weighting = None
         self.register_buffer("_place", torch.empty(0), persistent=False)
 
     @property
@@ -426,7 +429,7 @@ class LossWeighting(Method):
     kind: ClassVar[str] = "losses"
     heads: str = "weighted"
     needs: frozenset[str] = frozenset({"losses"})
-    homogeneity: float | None = None
+    row_scale: tuple[Literal["invariant", "direction", "linear"], ...] = ("linear",)
     backwards: ClassVar[str] = "1"
     positive_losses: ClassVar[bool] = False
 
@@ -478,7 +481,7 @@ class EpochWeighting(LossWeighting):
 
     needs: frozenset[str] = frozenset({"losses", "epochs"})
     memory: ClassVar[str] = "T epoch means"
-    state: ClassVar[tuple[str, ...]] = ("history",)
+    state: tuple[str, ...] = ("history",)
     depth: ClassVar[int] = 1
     """How many finished epochs are remembered."""
 
@@ -741,6 +744,11 @@ def registry() -> dict[str, type[Method]]:
     for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__)):
         for _, cls in inspect.getmembers(importlib.import_module(f"detente.methods.{module}"), inspect.isclass):
             if issubclass(cls, Method) and cls.__module__ == f"detente.methods.{module}":
+                if cls.name in found:
+                    raise ValueError(
+                        f"two methods are called {cls.name!r}: {found[cls.name].__module__} and {cls.__module__}. "
+                        "Rename one."
+                    )
                 found[cls.name] = cls
     return found
 

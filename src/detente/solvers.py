@@ -301,12 +301,12 @@ def cone(cosine: Array, target: Array) -> Cone:
     ray = positive / floor(total(positive), EPS**8)
     endless = ~fine & ~any_of(xp.abs(times(cosine, ray)) > 16 * EPS * count) & (most(positive) > 0)
     endless = endless & ((ray * target).sum(-1) > 256 * EPS * (ray * xp.abs(target)).sum(-1))
-    y = _even(cosine, target, xp.where(endless[:, None], ray, positive))
+    y = xp.where(endless[:, None], ray, positive)
     if not isinstance(y, Tensor):
         for b in np.flatnonzero(~(fine | endless)):
             y[b], bounded, fine[b] = _active_set(cosine[0 if shared else b], target[b])
             endless[b] = not bounded
-    return Cone(y, ~endless, fine | endless)
+    return Cone(_even(cosine, target, y), ~endless, fine | endless)
 
 
 def _guess(cosine: Array, target: Array) -> Array:
@@ -357,7 +357,7 @@ def _active_set(cosine: NDArray[np.float64], target: NDArray[np.float64]) -> tup
         candidate[active] = False
         candidate[list(rejected)] = False
         if not candidate.any():
-            return _even(cosine[None], target[None], y[None])[0], True, True
+            return y, True, True
         largest = slack[candidate].max()
         tied = candidate & (slack >= largest - noise)
         new = int(np.argmin(np.where(tied, crowd, math.inf)))
@@ -505,6 +505,10 @@ def on_simplex(point: Array, alive: Array) -> Array:
     """Euclidean projection of ``[B, T]`` on the simplex of the living tasks (Held, Wolfe and Crowder 1974)."""
     xp = namespace(point)
     low = xp.where(alive, point, -math.inf)
+    # measured from the largest, so that no 1 is lost beside a huge entry
+    top = most(low)[..., None]
+    point = point - xp.where(xp.isfinite(top), top, 0.0)
+    low = xp.where(alive, point, -math.inf)
     ordered = flip(torch.sort(low, -1)[0] if isinstance(low, Tensor) else np.sort(low, -1))
     held = xp.where(xp.isfinite(ordered), ordered, 0.0)
     number = _positions(point) + 1.0
@@ -641,30 +645,32 @@ def _walk(
 ) -> tuple[NDArray[np.float64], bool]:
     """One block of :func:`ball` by a safeguarded walk over the level; copes with every degeneracy."""
 
-    def step(level: float) -> tuple[NDArray[np.float64], bool]:
-        y, _, exact = cone(cosine[None], (level * inverse - pull)[None])
-        return y[0], bool(exact[0])
+    # one row at a time: its active sets are independent, so that the level's quadratic has a solution
+    def step(level: float) -> tuple[NDArray[np.float64], bool, bool]:
+        return _active_set(cosine, level * inverse - pull)
+
+    def finish(y: NDArray[np.float64], level: float, exact: bool) -> tuple[NDArray[np.float64], bool]:
+        return _even(cosine[None], (level * inverse - pull)[None], y[None])[0], exact
 
     low = float((pull / inverse).min())
     high = min(float(((pull + 1) / inverse).min()), ceiling)
     for _ in range(10 + 2 * len(pull)):
-        solution = cone(cosine[None], (high * inverse - pull)[None])
-        y, exact = solution.y[0], bool(solution.exact[0])
-        if solution.bounded[0]:
+        y, bounded, exact = step(high)
+        if bounded:
             break
         # a convex combination of the gradients that is 0 bounds the level by the same combination of the pulls
         high = min(high, float(y @ pull) / float(y @ inverse))
     else:
         return np.zeros_like(pull), False
     if y @ cosine @ y <= 1:
-        return y, exact
+        return finish(y, high, exact)
     level = high
     for _ in range(100):
         index = np.flatnonzero(y)
         if len(index) == 0:
             low = level
             level = (low + high) / 2
-            y, exact = step(level)
+            y, _, exact = step(level)
             continue
         sub = cosine[np.ix_(index, index)]
         both, _ = _solve_one(sub, np.stack([inverse[index], pull[index]], axis=1))
@@ -675,14 +681,14 @@ def _walk(
         if abs(root - level) <= 16 * EPS * (abs(base) + abs(root) + 1 / math.sqrt(slope)):
             y = np.zeros_like(y)
             y[index] = np.maximum(root * both[:, 0] - both[:, 1], 0.0)
-            return y, exact
+            return finish(y, root, exact)
         if float(y @ cosine @ y) > 1:
             high = level
         else:
             low = level
         level = root if low <= root <= high else (low + high) / 2
-        y, exact = step(level)
-    return y, False
+        y, _, exact = step(level)
+    return finish(y, level, False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -708,7 +714,7 @@ def bargain(cosine: Array, rate: Array, power: float, alive: Array) -> tuple[Arr
     xp = namespace(cosine)
     alone = xp.where(alive, rate, 1.0) ** (1 / (1 + power))  # the answer if all gradients were orthogonal
     # scaling the start to its best length takes most of Newton's way
-    grown = (alone * times(cosine, alone)).sum(-1) + EPS
+    grown = floor((alone * times(cosine, alone)).sum(-1), EPS)
     length = ((rate * alone ** (1 - power) * alive).sum(-1) / grown) ** (1 / (1 + power))
     start = alone * xp.clip(length, 1e-4, 1e4)[:, None]
     y, exact = _newton(cosine, rate, power, alive, start, 0.0)

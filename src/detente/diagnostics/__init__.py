@@ -1,5 +1,6 @@
 """Looking at conflicts, with or without a method that resolves them."""
 
 from detente.diagnostics.conflicts import task_gramian
+from detente.diagnostics.recon import ConflictScores
 
-__all__ = ["task_gramian"]
+__all__ = ["ConflictScores", "task_gramian"]

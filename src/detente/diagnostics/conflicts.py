@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from detente.backward import named_losses
-from detente.engine.graph import reach
+from detente.engine.graph import Reach, reach
 from detente.engine.jacobian import Jacobian
 from detente.engine.source import every_task, take
 from detente.gramian import Partition
@@ -40,8 +40,13 @@ def task_gramian(
     found = reach(tensors, shared)
     if not found.shared:
         return None
-    trunk = replace(found, own=[[] for _ in tensors])
-    rows = Jacobian(found.shared, len(tensors))
-    for t, row in enumerate(every_task(len(tensors))):
-        take(rows, t, row, tensors, trunk, "own", last=False)
-    return rows.gramian(Partition.by_model(found.shared))[0].cpu()
+    return rows_of(tensors, found).gramian(Partition.by_model(found.shared))[0].cpu()
+
+
+def rows_of(losses: list[Tensor], found: Reach) -> Jacobian:
+    """The tasks' gradients of the shared parameters, one backward pass each, without the heads'."""
+    trunk = replace(found, own=[[] for _ in losses])
+    rows = Jacobian(found.shared, len(losses))
+    for t, row in enumerate(every_task(len(losses))):
+        take(rows, t, row, losses, trunk, "own", last=False)
+    return rows

@@ -64,7 +64,6 @@ class AutoLambda(LossWeighting):
     backwards = "3, and 5 forward passes"
     memory = "T weights, Adam"
     state = ("lambdas",)
-    homogeneity = 1.0
     requires_step = True
 
     def __init__(

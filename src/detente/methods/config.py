@@ -50,7 +50,7 @@ class ConFIG(GramianMethod):
         2025,
         "2408.11104",
     )
-    row_scale = "direction"
+    row_scale = ("direction", "linear")
 
     def __init__(
         self,

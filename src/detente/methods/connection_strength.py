@@ -195,6 +195,7 @@ class ConnectionStrength(Seeded, GramianMethod):
     backwards = "T, and T optimizer steps in phase 1"
     native_granularity = "layer"
     per_parameter = True
+    exempt = {"all": "works on the channels of a model; tests/methods/test_connection_strength.py is its own suite"}  # noqa: RUF012
     state = ("generator", "epoch", "drawn")
 
     def __init__(

@@ -56,6 +56,7 @@ class DBMTL(GramianMethod):
         "misc",
     )
     kind = "jacobian"
+    row_scale = ("direction",)
     needs = frozenset({"gramian", "losses"})
     per_parameter = True
     memory = "T x P smoothed gradients"

@@ -46,7 +46,7 @@ class DualProj(UPGrad):
         2017,
         "1706.08840",
     )
-    row_scale = None
+    row_scale = ()
 
     def combine(self, gramian: Array, shares: Array, context: Context) -> Array:
         """The projection of the average."""

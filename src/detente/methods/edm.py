@@ -61,7 +61,7 @@ class EDM(GramianMethod):
         "2007.06937",
     )
     nonconflicting = True
-    row_scale = "direction"
+    row_scale = ("direction",)
 
     def rule(self, gramian: Array, context: Context) -> Array:
         return self.solved(equiangular(gramian, context.alive), context)

@@ -60,6 +60,10 @@ class ExcessMTL(GramianMethod):
     kind = "jacobian"
     heads = "weighted"
     homogeneity = None
+    exempt = {  # noqa: RUF012
+        "zero_rows_do_not_count": "the weights sum to the number of tasks in the step",
+        "blocks": "one weight per task for the whole model",
+    }
     per_parameter = True
     memory = "T x P squares"
     state = ("squares", "first", "shares")

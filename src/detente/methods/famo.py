@@ -54,7 +54,6 @@ class FAMO(LossWeighting):
     needs = frozenset({"losses", "losses after the step"})
     memory = "T logits, Adam"
     state = ("logits",)
-    homogeneity = 1.0
 
     def __init__(
         self, lr: float = 0.025, weight_decay: float = 1e-3, minimum: Mapping[str, float] | None = None

@@ -35,7 +35,6 @@ class GD(LossWeighting):
 
     name = "gd"
     paper = Paper("caruana1997multitask", "Multitask Learning", "Caruana, Rich", "Machine Learning 28", 1997)
-    homogeneity = 1.0
     needs = frozenset()
 
     def __init__(

@@ -58,6 +58,8 @@ class GradDrop(Seeded, GramianMethod):
         "2010.06808",
     )
     kind = "jacobian"
+    spans = False
+    exempt = {"blocks": "draws one number per coordinate, in the order of the buffers"}  # noqa: RUF012
 
     def __init__(
         self,
@@ -83,7 +85,7 @@ class GradDrop(Seeded, GramianMethod):
             purity = torch.where(size > 0, 0.5 + 0.5 * wide.sum(0) / torch.where(size > 0, size, 1.0), 0.5)
             chance = (self.slope * (purity - 0.5) + 0.5).clamp(0, 1)
             drawn = torch.rand(buffer.shape[1], generator=self.generator, dtype=torch.float64)
-            up = chance > drawn.to(buffer.device, chance.dtype)
+            up = chance.double() > drawn.to(buffer.device)  # drawn < 1: a chance of 1 is certain
             kept = (wide > 0) == up  # zeros stay zeros either way
             buffer.mul_(self.leak + (1 - self.leak) * kept.to(buffer.dtype))
 

@@ -64,6 +64,10 @@ class GradNorm(GramianMethod):
     memory = "T logits, Adam; T losses"
     state = ("logits", "initial")
     homogeneity = None
+    exempt = {  # noqa: RUF012
+        "zero_rows_do_not_count": "the weights sum to the number of tasks in the step",
+        "blocks": "one weight per task for the whole model",
+    }
 
     def __init__(
         self,

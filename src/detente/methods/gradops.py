@@ -45,7 +45,7 @@ class GradOPS(GramianMethod):
         "2503.03438",
     )
     nonconflicting = True
-    row_scale = "linear"
+    row_scale = ("linear",)
 
     def rule(self, gramian: Array, context: Context) -> Array:
         xp = namespace(gramian)

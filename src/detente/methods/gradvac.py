@@ -56,6 +56,7 @@ class GradVac(Seeded, GramianMethod):
         2021,
         "2010.05874",
     )
+    row_scale = ("linear",)
     memory = "T x T x B targets, generator"
     state = ("generator", "names", "targets")
 

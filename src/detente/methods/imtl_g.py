@@ -18,9 +18,10 @@ class IMTLG(GramianMethod):
         a_i = (x_i / n_i) / sum_k (x_k / n_k)
         d   = sum_i a_i g_i                   sum a = 1
 
-    Rescaling one loss does not change the direction. Coefficients may be negative, and grow without bound where the
-    denominator tends to 0; where it is 0 up to rounding (as for opposite gradients) the update is zero. The paper uses
-    gradients of the shared representation: ``source="features"``. :class:`IMTL` adds the balance of losses.
+    Rescaling one loss does not change the direction, up to its sign. Coefficients may be negative, and grow without
+    bound where the denominator tends to 0; where it is 0 up to rounding (as for opposite gradients) the update is zero.
+    The paper uses gradients of the shared representation: ``source="features"``. :class:`IMTL` adds the balance of
+    losses.
 
     Task-specific parameters follow their own loss.
 
@@ -37,7 +38,7 @@ class IMTLG(GramianMethod):
 
     name = "imtl_g"
     paper = PAPER
-    row_scale = "direction"
+    row_scale = ("direction",)
 
     def rule(self, gramian: Array, context: Context) -> Array:
         xp = namespace(gramian)

@@ -105,7 +105,7 @@ class MoCo(GramianMethod):
         kept = [self.shares.get(t, uniform) for t in context.tasks]
         if any(len(share) != len(gramian) for share in kept):
             raise ValueError("moco keeps weights for another number of blocks; keep the granularity, or reset().")
-        before = np.stack([share.numpy() for share in kept], -1)
+        before = on_simplex(np.stack([share.numpy() for share in kept], -1), context.alive)
         w = on_simplex(before - rate * (times(gramian, before) + self.rho * before), context.alive)
         self.shares |= {t: torch.from_numpy(w[:, i].copy()) for i, t in enumerate(context.tasks)}
         return w

@@ -52,10 +52,9 @@ class NashMTL(GramianMethod):
     paper = SI.paper
     heads = "weighted"
     homogeneity = 0.0
-    row_scale = "invariant"
+    row_scale = ("invariant",)
     nonconflicting = True
     memory = "T x B weights (update_every > 1)"
-    state = ("kept", "age")
 
     def __init__(
         self,
@@ -67,12 +66,9 @@ class NashMTL(GramianMethod):
     ) -> None:
         super().__init__(zero_rows=zero_rows, heads=heads)
         self.update_every = int(at_least("update_every", update_every, 1))
+        self.state = ("kept", "age") if update_every > 1 else ()
         self.max_norm = None if max_norm is None else at_least("max_norm", max_norm, 0, strict=True)
         self.start()
-
-    @property
-    def on_device(self) -> bool:
-        return self.update_every == 1 and self._place.device.type != "cpu"
 
     def start(self) -> None:
         super().start()
@@ -80,21 +76,24 @@ class NashMTL(GramianMethod):
         self.age = 0
 
     def rule(self, gramian: Array, context: Context) -> Array:
+        xp = namespace(gramian)
         if self.update_every == 1:
-            return self._solve(gramian, context)
-        usable = all(t in self.kept and len(self.kept[t]) == len(gramian) for t in context.tasks)
-        if self.age % self.update_every == 0 or not usable:
             weights = self._solve(gramian, context)
-            self.kept = {t: torch.from_numpy(weights[:, i].copy()) for i, t in enumerate(context.tasks)}
-            self.age = 0
-        self.age += 1
-        return np.stack([self.kept[t].numpy() for t in context.tasks], -1)
+        else:
+            usable = all(t in self.kept and len(self.kept[t]) == len(gramian) for t in context.tasks)
+            if self.age % self.update_every == 0 or not usable:
+                weights = self._solve(gramian, context)
+                self.kept = {t: torch.from_numpy(weights[:, i].copy()) for i, t in enumerate(context.tasks)}
+                self.age = 0
+            self.age += 1
+            weights = np.stack([self.kept[t].numpy() for t in context.tasks], -1)
+        if self.max_norm is not None:
+            length = xp.sqrt(floor((weights * times(gramian, weights)).sum(-1), 0.0))[:, None]
+            cut = self.max_norm / xp.where(length > 0, length, 1.0)
+            weights = weights * xp.where(length > self.max_norm, cut, 1.0)
+        return weights
 
     def _solve(self, gramian: Array, context: Context) -> Array:
-        xp = namespace(gramian)
         norms, cosine = unit(gramian)
-        y = self.solved(bargain(cosine, xp.ones_like(norms), 1.0, context.alive), context)
-        if self.max_norm is not None:
-            length = xp.sqrt(floor((y * times(cosine, y)).sum(-1), 0.0))[:, None]
-            y = y * xp.where(length > self.max_norm, self.max_norm / xp.where(length > 0, length, 1.0), 1.0)
-        return y / norms
+        rate = namespace(gramian).ones_like(norms)
+        return self.solved(bargain(cosine, rate, 1.0, context.alive), context) / norms

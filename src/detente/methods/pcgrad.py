@@ -46,7 +46,7 @@ class PCGrad(Seeded, GramianMethod):
         2020,
         "2001.06782",
     )
-    row_scale = None
+    row_scale = ("linear",)
 
     def __init__(
         self,

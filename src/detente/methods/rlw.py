@@ -46,7 +46,6 @@ class RLW(Seeded, LossWeighting):
         "article",
     )
     needs = frozenset()
-    homogeneity = 1.0
 
     def __init__(
         self,

@@ -62,7 +62,6 @@ class SDMGrad(GramianMethod):
         "2305.18409",
     )
     memory = "T x B weights (batches > 1)"
-    state = ("kept",)
 
     def __init__(
         self,
@@ -82,6 +81,7 @@ class SDMGrad(GramianMethod):
             raise ValueError(f"batches must be 1, 2 or 3; got {batches!r}.")
         self.batches = batches
         self.requires_step = batches > 1
+        self.state = ("kept",) if batches > 1 else ()
         self.iterations = int(at_least("iterations", iterations, 1))
         self.lr = at_least("lr", lr, 0, strict=True)
         self.momentum = at_least("momentum", momentum, 0)
@@ -90,10 +90,6 @@ class SDMGrad(GramianMethod):
         self.start()
 
     without_step = ", or leave batches=1"
-
-    @property
-    def on_device(self) -> bool:
-        return self.batches == 1 and self._place.device.type != "cpu"
 
     def start(self) -> None:
         super().start()

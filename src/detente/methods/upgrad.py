@@ -55,7 +55,7 @@ class UPGrad(GramianMethod):
     name = "upgrad"
     paper = PAPER
     nonconflicting = True
-    row_scale: Literal["linear"] | None = "linear"
+    row_scale: tuple[Literal["linear"], ...] = ("linear",)
 
     def __init__(
         self,

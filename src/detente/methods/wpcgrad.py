@@ -65,6 +65,7 @@ class WPCGrad(Seeded, GramianMethod):
         2024,
         "2409.01793",
     )
+    row_scale = ("linear",)
 
     def __init__(
         self,
