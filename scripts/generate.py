@@ -1,14 +1,16 @@
-"""Write what follows from the method files: the stub for type checkers and the table in the docs.
+"""Write what follows from the method files: the stub for type checkers, and the pages of the docs.
 
-``python scripts/generate.py`` writes both; ``--check`` fails where one is stale.
+``python scripts/generate.py`` writes them; ``--check`` fails where one is stale.
 """
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 from pathlib import Path
 
-from detente.method import registry
+from detente.method import Method, describe, registry
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,45 +27,120 @@ def table() -> str:
     """``docs/methods.md``: one line per method."""
     head = """# Methods
 
-Written by `scripts/generate.py` from the method files; `detente methods` prints the same.
-Kind: *gramian* methods need every task's gradient (T backward passes), *losses* methods weight the losses (one).
-`help(detente.CAGrad)` has formula, options and a runnable example; `detente.cite("cagrad")` the BibTeX.
+Written by `scripts/generate.py` from the method files; `detente methods` prints the same, `detente methods cagrad` or
+`help(detente.CAGrad)` explains one, `detente.cite("cagrad")` gives its BibTeX.
 
-| name | class | what it is | kind | needs | backward passes | heads follow | never conflicts | random | paper |
-|---|---|---|---|---|---|---|---|---|---|
+Kind: *gramian* methods need the inner products of the tasks' gradients, *jacobian* methods the gradients themselves,
+both T backward passes (one through the trunk with `source="features"`); *losses* methods weight the losses, one
+backward pass. T tasks, P shared parameters, B blocks (layers or channels with coefficients of their own). Heads:
+task-specific parameters follow their own loss or the weighted one. Properties are checked by the conformance suite,
+present and absent ones alike.
+
 """
-    rows = []
+    columns = ("what it is", "paper", "kind", "needs", "backward passes", "extra state", "heads", "properties")
+    lines = ["| name | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
     for name, cls in sorted(registry().items()):
-        line = (cls.__doc__ or "").strip().partition("\n")[0].rstrip(".")
-        paper = f"{cls.paper.title} ({cls.paper.year})"
-        if cls.paper.arxiv:
-            paper = f"[{paper}](https://arxiv.org/abs/{cls.paper.arxiv})"
-        cells = (
-            f"`{name}`",
-            f"`{cls.__name__}`",
-            line,
-            cls.kind,
-            ", ".join(sorted(cls.needs)) or "-",
-            cls.backwards,
-            f"{cls.heads} loss",
-            "yes" if cls.nonconflicting else "",
-            "yes" if cls.stochastic else "",
-            paper,
-        )
-        rows.append("| " + " | ".join(cells) + " |")
-    return head + "\n".join(rows) + "\n"
+        row = describe(cls)
+        cells = [markdown(row[column]).replace("|", "\\|") for column in columns]
+        lines.append(f"| [`{name}`](methods/{name}.md) | " + " | ".join(cells) + " |")
+    return head + "\n".join(lines) + "\n"
+
+
+def page(cls: type[Method]) -> str:
+    """``docs/methods/<name>.md``: formula, options, example, properties and citation of one method."""
+    row = describe(cls)
+    lines = [
+        f"# {row['class']}",
+        "",
+        "Written by `scripts/generate.py` from the docstring; [all methods](../methods.md).",
+        "",
+        "```python",
+        f"detente.{row['class']}({signature(cls)})",
+        "```",
+        "",
+        *body(inspect.getdoc(cls) or ""),
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {markdown(value)} |" for key, value in row.items() if key not in ("class", "what it is")),
+        "",
+        "```bibtex",
+        cls.paper.bibtex(),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def signature(cls: type[Method]) -> str:
+    """The options with their defaults, without types."""
+    parts = []
+    for parameter in inspect.signature(cls).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in parts:
+            parts.append("*")
+        default = "" if parameter.default is parameter.empty else f"={parameter.default!r}".replace("'", '"')
+        parts.append(parameter.name + default)
+    return ", ".join(parts)
+
+
+def markdown(text: str) -> str:
+    """The docstrings' reStructuredText marks as Markdown."""
+    text = re.sub(r":(?:class|meth|func|attr):`[~.]?([^`]+)`", r"`\1`", text)
+    return text.replace("``", "`")
+
+
+def body(doc: str) -> list[str]:
+    """A Google-style docstring as Markdown."""
+    lines: list[str] = []
+    section, fenced = "", False
+    for line in [*doc.splitlines(), ""]:
+        indented = line.startswith("    ")
+        if fenced and line.strip() and not indented:
+            fenced = False
+            while lines and not lines[-1]:
+                lines.pop()
+            lines += ["```", ""]
+        if line in ("Args:", "Raises:", "Example:"):
+            section = line[:-1]
+            lines += [f"## {'Options' if section == 'Args' else section}", ""]
+            if section == "Example":
+                lines.append("```python")
+        elif section == "Example" and line.strip():
+            lines.append(line[4:])
+        elif section in ("Args", "Raises") and line.strip():
+            text = line[4:]
+            name, colon, rest = text.partition(": ")
+            start = f"- `{name}`: {rest}" if colon and not text.startswith(" ") else f"  {text.strip()}"
+            lines.append(markdown(start))
+        elif line.startswith("==="):
+            lines += ["```text", line] if "```text" not in lines or lines[::-1].index("```text") > 12 else [line, "```"]
+        elif line.rstrip().endswith("::"):
+            lines += [markdown(line.rstrip()[:-2].rstrip()), "", "```text"]
+            fenced = True
+        elif fenced:
+            if line.strip() or lines[-1] != "```text":
+                lines.append(line[4:])
+        else:
+            lines.append(line if section == "Example" else markdown(line))
+    while lines and not lines[-1]:
+        lines.pop()
+    return [*lines, "```"] if section == "Example" else lines
 
 
 def main() -> int:
+    pages = ROOT / "docs/methods"
     targets = {ROOT / "src/detente/methods/__init__.pyi": stub(), ROOT / "docs/methods.md": table()}
+    targets |= {pages / f"{name}.md": page(cls) for name, cls in registry().items()}
     stale = [path for path, text in targets.items() if not path.exists() or path.read_text() != text]
+    left = [path for path in pages.glob("*.md") if path not in targets]
     if "--check" in sys.argv:
-        for path in stale:
+        for path in [*stale, *left]:
             print(f"{path.relative_to(ROOT)} is stale; run python scripts/generate.py", file=sys.stderr)
-        return bool(stale)
+        return bool(stale or left)
+    pages.mkdir(parents=True, exist_ok=True)
     for path, text in targets.items():
-        path.parent.mkdir(exist_ok=True)
         path.write_text(text)
+    for path in left:
+        path.unlink()
     return 0
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -64,6 +65,12 @@ class Paper:
     arxiv: str | None = None
     entry: Literal["inproceedings", "article", "misc"] = "inproceedings"
 
+    def short(self) -> str:
+        """Authors and year, as in a text: ``Liu et al. 2021``."""
+        names = [name.split(",")[0].strip() for name in self.authors.split(" and ")]
+        who = f"{names[0]} et al." if len(names) > 2 else " and ".join(names)
+        return f"{who} {self.year}"
+
     def bibtex(self) -> str:
         """The BibTeX entry."""
         venue = {"inproceedings": "booktitle", "article": "journal", "misc": "howpublished"}[self.entry]
@@ -78,7 +85,7 @@ class Paper:
         return f"@{self.entry}{{{self.key},\n  " + ",\n  ".join(lines) + "\n}"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Context:
     """What a step knows besides the Gramian.
 
@@ -150,9 +157,11 @@ class Session(Protocol):
     def gradients(self, losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> list[Tensor | None]:
         """Gradient of the weighted sum of losses, one tensor per entry of ``parameters``."""
 
-    def virtual_step(self, gradients: Sequence[Tensor | None]) -> tuple[list[Tensor | None], float]:
-        """What plain gradient descent would add to each parameter, with the optimizer's momentum and weight decay,
-        and its learning rate."""
+    def virtual_step(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """What gradient descent would add to each parameter, with the optimizer's rates, momentum and weight decay."""
+
+    def rates(self) -> list[float]:
+        """The learning rate of each parameter."""
 
     def moved(self, directions: Sequence[Tensor | None], length: float = 1.0) -> AbstractContextManager[None]:
         """The parameters moved along the directions, inside a ``with`` block."""
@@ -371,34 +380,43 @@ class GramianMethod(Method):
         context = context or Context(tuple(str(i) for i in range(count)))
         if len(context.tasks) != count:
             raise ValueError(f"gramian is for {count} tasks but {len(context.tasks)} were named: {context.tasks}.")
-        device = gramian.device if self.on_device else torch.device("cpu")
-        if not self.on_device:
-            self.check(context)
-        need_losses(self, context)
-        if gramian.numel() == 0:
-            return gramian.new_zeros(gramian.shape[:-1], dtype=torch.float64, device=device)
-        flat = gramian.detach().to(device, torch.float64).reshape(-1, count, count)
-        finite = flat.isfinite().all()
-        if context.losses is not None:
-            finite = finite & context.losses.isfinite().all().to(device)
         if self.on_device:
-            flat = torch.where(finite, flat, torch.eye(count, dtype=torch.float64, device=device))
-        elif not bool(finite):
+            return self._weights_there(gramian, context)
+        self.check(context)
+        need_losses(self, context)
+        flat = gramian.detach().to("cpu", torch.float64).reshape(-1, count, count)
+        values = flat.numpy()
+        finite = np.isfinite(values).all() and (context.losses is None or bool(context.losses.isfinite().all()))
+        if not finite:
             return torch.full(gramian.shape[:-1], math.nan, dtype=torch.float64)
+        if gramian.numel() == 0:
+            return flat.new_zeros(gramian.shape[:-1])
         self.observe(flat, context)
         context = self.prepare(context)
-        values: Array = flat if self.on_device else flat.numpy()
         nonzero = values.diagonal(0, -2, -1) > 0
-        kept = nonzero if self.zero_rows == "drop" else nonzero | True
-        result = self.rule(values, replace(context, alive=kept))
-        result = (result if isinstance(result, Tensor) else torch.from_numpy(result)).masked_fill(
-            ~torch.as_tensor(kept), 0.0
-        )
-        if self.on_device:
-            result = torch.where(finite, result, math.nan)
-        elif self.zero_rows == "drop" and not nonzero.all():
-            context.stats["dropped"] = [t for t, k in zip(context.tasks, nonzero.any(0).tolist(), strict=True) if not k]
+        dropping = self.zero_rows == "drop" and not nonzero.all()
+        context.alive = nonzero if dropping else np.ones_like(nonzero)
+        result = torch.from_numpy(self.rule(values, context))
+        if dropping:
+            result = result.masked_fill(torch.from_numpy(~nonzero), 0.0)
+            some: list[bool] = np.any(nonzero, axis=0).tolist()
+            context.stats["dropped"] = [t for t, k in zip(context.tasks, some, strict=True) if not k]
         return result.reshape(gramian.shape[:-1])
+
+    def _weights_there(self, gramian: Tensor, context: Context) -> Tensor:
+        """The same on the device of the Gramian, without waiting for anything."""
+        need_losses(self, context)
+        count = gramian.shape[-1]
+        flat = gramian.detach().double().reshape(-1, count, count)
+        finite = flat.isfinite().all()
+        if context.losses is not None:
+            finite = finite & context.losses.to(flat.device).isfinite().all()
+        flat = torch.where(finite, flat, torch.eye(count, dtype=torch.float64, device=flat.device))
+        context = self.prepare(context)
+        nonzero = flat.diagonal(0, -2, -1) > 0
+        context.alive = nonzero if self.zero_rows == "drop" else torch.ones_like(nonzero)
+        result = torch.where(context.alive, self.rule(flat, context), 0.0)
+        return torch.where(finite, result, math.nan).reshape(gramian.shape[:-1])
 
     def solved(self, found: tuple[Array, Array], context: Context) -> Array:
         """The answer of a solver; blocks that it could not certify are counted, and warned about once."""
@@ -568,12 +586,12 @@ class TaskWeights(nn.Module):
         if self.source is not None:
             assert context.losses is not None
             raw = self.source.weights(context.losses, context)
-        elif isinstance(self.fixed, dict):
-            raw = torch.tensor([self.fixed[t] for t in context.tasks], dtype=torch.float64)
         elif self.fixed is not None:
-            raw = torch.tensor(self.fixed, dtype=torch.float64)
+            values = self.fixed if isinstance(self.fixed, list) else [self.fixed[t] for t in context.tasks]
+            raw = torch.tensor(values, dtype=torch.float64)
         else:
-            raw = torch.ones(len(context.tasks), dtype=torch.float64)
+            count = len(context.tasks)
+            return torch.full((count,), 1 / count if self.distribution else 1.0, dtype=torch.float64)
         return normalized(raw) if self.distribution else raw
 
     def next_epoch(self) -> None:
@@ -812,6 +830,34 @@ def list_methods() -> list[str]:
         True
     """
     return sorted(registry())
+
+
+def describe(cls: type[Method]) -> dict[str, str]:
+    """What a method is, what it needs and costs, and which properties it declares: a row of the tables of methods."""
+    power = cls.homogeneity
+    properties = [
+        ("never conflicts", cls.nonconflicting),
+        ("loss scales irrelevant", "invariant" in cls.row_scale),
+        ("direction free of loss scales", "direction" in cls.row_scale),
+        ("length fixed", power == 0),
+        (f"gradients x s: update x s^{0.0 if power is None else power:.2g}", power not in (None, 0, 1)),
+        ("depends on the gradients' unit", power is None),
+        ("depends on the tasks' order", not cls.permutation_equivariant),
+        ("random", cls.stochastic),
+        ("parameters only", cls.per_parameter),
+    ]
+    return {
+        "name": cls.name,
+        "class": cls.__name__,
+        "what it is": (cls.__doc__ or "").strip().partition("\n")[0].rstrip("."),
+        "paper": cls.paper.short(),
+        "kind": cls.kind,
+        "needs": ", ".join(sorted(cls.needs)) or "-",
+        "backward passes": cls.backwards,
+        "extra state": cls.memory,
+        "heads": cls.heads,
+        "properties": ", ".join(text for text, holds in properties if holds) or "-",
+    }
 
 
 def cite(name: str) -> str:

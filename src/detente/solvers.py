@@ -180,31 +180,50 @@ class _Trial(NamedTuple):
 
 def _reduced(cosine: Array, right: Array, free: Array) -> Array:
     """``x`` [B, T, k] with ``C x = right`` on the free rows and 0 elsewhere."""
-    count = free.shape[-1]
-    if isinstance(cosine, np.ndarray) and count > 16:
-        # the active sets are often much smaller than T, and the cost grows with the cube
-        size = max(int(free.sum(-1).max()), 1)
-        order = np.argsort(~free, -1, kind="stable")[:, :size]
-        here = np.take_along_axis(free, order, -1)
-        block = np.arange(len(free))[:, None] if len(cosine) > 1 else np.zeros((len(free), 1), dtype=int)
-        sub = cosine[block[:, :, None], order[:, :, None], order[:, None, :]]
-        packed = _masked(sub, np.take_along_axis(right, order[..., None], 1), here)
+    if isinstance(cosine, Tensor):
+        return _masked(cosine, right, free)
+    if len(free) == 1:
+        held = np.flatnonzero(free)
         result = np.zeros_like(right)
-        np.put_along_axis(result, order[..., None], packed, 1)
+        if len(held) == free.shape[-1]:
+            return _masked(cosine, right, free)
+        sub = cosine[0][held[:, None], held]
+        result[0, held] = _masked(sub[None], right[:, held], _everything(len(held)))[0]
         return result
-    return _masked(cosine, right, free)
+    if free.shape[-1] <= 16:
+        return _masked(cosine, right, free)
+    # the active sets are often much smaller than T, and the cost grows with the cube
+    size = max(int(free.sum(-1).max()), 1)
+    order = np.argsort(~free, -1, kind="stable")[:, :size]
+    here = np.take_along_axis(free, order, -1)
+    block = np.arange(len(free))[:, None] if len(cosine) > 1 else np.zeros((len(free), 1), dtype=int)
+    sub = cosine[block[:, :, None], order[:, :, None], order[:, None, :]]
+    packed = _masked(sub, np.take_along_axis(right, order[..., None], 1), here)
+    result = np.zeros_like(right)
+    np.put_along_axis(result, order[..., None], packed, 1)
+    return result
+
+
+@cache
+def _everything(count: int) -> NDArray[np.bool_]:
+    return np.ones((1, count), dtype=bool)
 
 
 def _masked(cosine: Array, right: Array, free: Array) -> Array:
     xp = namespace(cosine)
-    wanted = free[..., None] * right
-    matrix = xp.where(identity(free), 1.0, (free[..., :, None] & free[..., None, :]) * cosine)
+    if xp is np and free.all():
+        wanted, matrix = right, cosine
+    else:
+        wanted = free[..., None] * right
+        matrix = xp.where(identity(free), 1.0, (free[..., :, None] & free[..., None, :]) * cosine)
     singular: Array = 1.0
     if xp is np:
         try:
             return np.linalg.solve(matrix, wanted)
         except np.linalg.LinAlgError:  # no other block of the batch may feel it
-            singular = (np.linalg.slogdet(matrix)[0] == 0)[:, None, None]
+            singular = (np.linalg.slogdet(np.broadcast_to(matrix, (len(free), *matrix.shape[1:])))[0] == 0)[
+                :, None, None
+            ]
     # a tiny addition makes duplicates solvable (they share equally); one refinement takes its effect on others out
     raised = matrix + 16 * EPS * free.shape[-1] * singular * identity(free)
     first = _linear(raised, wanted)
@@ -218,6 +237,8 @@ def _pivot(free: Array, evaluate: Callable[[Any, Array], _Trial], cap: int) -> t
     progress three times, one at a time (Murty), which ends for every regular problem.
     """
     xp = namespace(free)
+    if xp is np and len(free) == 1:
+        return _pivot_one(free, evaluate, cap)
     host = xp is np
     y = xp.zeros_like(free, dtype=xp.float64)
     solved = xp.zeros_like(free[:, 0])
@@ -226,8 +247,7 @@ def _pivot(free: Array, evaluate: Callable[[Any, Array], _Trial], cap: int) -> t
     patience = xp.full_like(fewest, 3.0)
     place = _positions(free)
     for _ in range(cap):
-        with np.errstate(all="ignore"):  # a bad guess may overflow; what counts is checked at the end
-            trial = evaluate(rows, free)
+        trial = evaluate(rows, free)
         wrong = xp.where(free, ~(trial.y >= 0), trial.slack < -trial.noise)
         bad = any_of(wrong)
         y[rows] = trial.y
@@ -246,6 +266,25 @@ def _pivot(free: Array, evaluate: Callable[[Any, Array], _Trial], cap: int) -> t
         free = free ^ change
     finite = xp.isfinite(y).all(-1)
     return xp.where(finite[:, None], y, 0.0), solved & finite
+
+
+def _pivot_one(free: Array, evaluate: Callable[[Any, Array], _Trial], cap: int) -> tuple[Array, Array]:
+    """:func:`_pivot` for a single block on the host, where the bookkeeping would cost more than the solves."""
+    fewest, patience = free.shape[-1] + 1, 3
+    for _ in range(cap):
+        trial = evaluate(slice(None), free)
+        wrong = np.where(free, ~(trial.y >= 0), trial.slack < -trial.noise)
+        count = int(np.count_nonzero(wrong))
+        if not count:
+            return trial.y, np.ones(1, dtype=bool)
+        if count < fewest:
+            fewest, patience = count, 3
+        else:
+            patience -= 1
+        if patience < 0:
+            wrong[0, : np.flatnonzero(wrong[0])[-1]] = False
+        free = free ^ wrong
+    return (trial.y if np.isfinite(trial.y).all() else np.zeros_like(trial.y)), np.zeros(1, dtype=bool)
 
 
 def _cap(count: int) -> int:
@@ -278,25 +317,26 @@ def cone(cosine: Array, target: Array) -> Cone:
     """
     xp = namespace(cosine)
     shared = len(cosine) == 1
-    magnitude = xp.abs(cosine)
     count = target.shape[-1]
+    size = xp.abs(target)
 
-    def part(matrix: Array, rows: Any) -> Array:
-        return matrix if shared else matrix[rows]
+    def noise_of(y: Array, q: Array) -> Array:  # cosines are at most 1
+        return 8 * EPS * count * (q + total(xp.abs(y)))
 
     def evaluate(rows: Any, free: Array) -> _Trial:
-        matrix, q = part(cosine, rows), target[rows]
-        y = _reduced(matrix, q[..., None], free)[..., 0]
-        noise = 8 * EPS * count * (xp.abs(q) + times(part(magnitude, rows), xp.abs(y)))
-        return _Trial(y, times(matrix, y) - q, noise)
+        matrix = cosine if shared else cosine[rows]
+        y = _reduced(matrix, target[rows][..., None], free)[..., 0]
+        return _Trial(y, times(matrix, y) - target[rows], noise_of(y, size[rows]))
 
-    y, solved = _pivot(_guess(cosine, target), evaluate, _cap(count))
-    product = times(cosine, y)
-    noise = 8 * EPS * count * (xp.abs(target) + times(magnitude, xp.abs(y)))
-    residual = xp.abs(xp.where(y > 0, product - target, 0.0))
+    with np.errstate(all="ignore"):  # a bad guess may overflow; what counts is checked below
+        y, solved = _pivot(_guess(cosine, target), evaluate, _cap(count))
+    noise = noise_of(y, size)
+    residual = xp.where(y > 0, xp.abs(times(cosine, y) - target), 0.0)
     # a solution so long that rounding drowns the target is a ray in disguise
-    sure = most(noise) <= 0.1 * most(xp.abs(target))
+    sure = most(noise) <= 0.1 * most(size)
     fine = solved & ~any_of((residual > noise) | (y < 0)) & sure
+    if _finished(fine):
+        return Cone(_even(cosine, target, y), fine, fine)
     positive = floor(y, 0.0)
     ray = positive / floor(total(positive), EPS**8)
     endless = ~fine & ~any_of(xp.abs(times(cosine, ray)) > 16 * EPS * count) & (most(positive) > 0)
@@ -464,28 +504,28 @@ def simplex_qp(cosine: Array, linear: Array, shares: Array) -> tuple[Array, Arra
     """
     xp = namespace(cosine)
     count = linear.shape[-1]
-    magnitude = xp.abs(cosine)
     alive = shares > 0
     apart = identity(cosine)
 
+    def noise_of(y: Array, rows: Any, level: Array) -> Array:  # cosines are at most 1
+        return 8 * EPS * count * (xp.abs(linear[rows]) + xp.abs(level) * shares[rows] + total(xp.abs(y)))
+
     def evaluate(rows: Any, free: Array) -> _Trial:
         matrix, b, a = cosine[rows], linear[rows], shares[rows]
-        none = ~any_of(free)
         best = xp.where(a > 0, b / xp.where(a > 0, a, 1.0), math.inf)
-        free = xp.where(none[:, None], best <= least(best)[:, None], free)
+        free = xp.where(any_of(free)[:, None], free, best <= least(best)[:, None])
         both = _reduced(matrix, xp.stack([a, b], -1), free)
-        level = (1 + (a * both[..., 1]).sum(-1)) / (a * both[..., 0]).sum(-1)
-        y = level[:, None] * both[..., 0] - both[..., 1]
-        slack = xp.where(a > 0, times(matrix, y) + b - level[:, None] * a, 1.0)
-        noise = 8 * EPS * count * (xp.abs(b) + xp.abs(level)[:, None] * a + times(magnitude[rows], xp.abs(y)))
-        return _Trial(y, slack, noise)
+        level = (1 + total(a * both[..., 1])) / total(a * both[..., 0])
+        y = level * both[..., 0] - both[..., 1]
+        return _Trial(y, xp.where(a > 0, times(matrix, y) + b - level * a, 1.0), noise_of(y, rows, level))
 
-    y, solved = _pivot(alive, evaluate, _cap(count))
-    product = times(cosine, y) + linear
-    level = (y * product).sum(-1)[:, None]  # at the optimum: the multiplier, for a'y = 1
-    noise = 32 * EPS * count * (xp.abs(linear) + xp.abs(level) * shares + times(magnitude, xp.abs(y)))
-    wrong = alive & (xp.where(y > 0, xp.abs(product - level * shares), level * shares - product) > noise)
-    exact = solved & ~any_of(wrong) & (xp.abs((y * shares).sum(-1) - 1) < 1e-9)
+    with np.errstate(all="ignore"):  # a bad guess may overflow; what counts is checked below
+        y, solved = _pivot(alive, evaluate, _cap(count))
+        product = times(cosine, y) + linear
+        level = total(y * product)  # at the optimum: the multiplier, for a'y = 1
+        lag = level * shares - product
+        wrong = alive & (xp.where(y > 0, xp.abs(lag), lag) > 4 * noise_of(y, slice(None), level))
+        exact = solved & ~any_of(wrong | (y < 0)) & (xp.abs((y * shares).sum(-1) - 1) < 1e-9)
     if not isinstance(y, Tensor):
         for b in np.flatnonzero(~exact):
             # shifting every row by one vector turns the linear term into the shortest point of a hull
@@ -564,62 +604,61 @@ def ball(gramian: Array, pull: Array, radius: Array, alive: Array) -> tuple[Arra
     """
     xp = namespace(gramian)
     count = gramian.shape[-1]
-    square = diagonal(gramian)
-    moving = alive & (square > 0)
+    moving = alive & (diagonal(gramian) > 0)
     norms, cosine = unit(gramian)
     size = xp.where(radius > 0, radius, 1.0)[:, None]
-    shortest = least(xp.where(moving, norms, math.inf))[:, None]
-    shortest = xp.where(xp.isfinite(shortest), shortest, 1.0)
-    inverse = xp.where(moving, shortest / norms, 0.0)
-    along = xp.where(moving, pull / norms / size, math.inf)  # in units of the radius, against unit gradients
-    finite = xp.where(moving, along, 0.0)
-    # the level that the worst-off task alone could reach: whoever is above it from the start will not matter
-    magnitude = xp.abs(cosine)
-    ceiling = least(xp.where(alive & ~moving, pull / shortest / size, math.inf))
+    along, ceiling = pull / norms / size, xp.full_like(radius, math.inf)  # in units of the radius, on unit gradients
+    if _finished(moving):
+        inverse = least(norms)[:, None] / norms
+    else:
+        shortest = least(xp.where(moving, norms, math.inf))[:, None]
+        shortest = xp.where(xp.isfinite(shortest), shortest, 1.0)
+        # a row that takes no part has any level at once; a zero row caps it
+        inverse = xp.where(moving, shortest / norms, 0.0)
+        ceiling = least(xp.where(alive & ~moving, pull / shortest / size, math.inf))
+        along = xp.where(moving, along, 1e300)
+
+    def noise_of(y: Array, rows: Any, level: Array) -> Array:  # cosines are at most 1
+        return 8 * EPS * count * (xp.abs(along[rows]) + xp.abs(level) * inverse[rows] + total(xp.abs(y)))
 
     def evaluate(rows: Any, free: Array) -> _Trial:
-        matrix, inv, p, there = cosine[rows], inverse[rows], finite[rows], moving[rows]
-        lowest = xp.where(there, p / xp.where(there, inv, 1.0), math.inf)
-        free = xp.where(any_of(free)[:, None], free, there & (lowest <= least(lowest)[:, None]))
-        both = _reduced(matrix, xp.stack([inv, p], -1), free)
+        matrix, inv, p = cosine[rows], inverse[rows], along[rows]
+        if not _finished(any_of(free)):
+            lowest = p / xp.where(inv > 0, inv, 1e-300)
+            free = xp.where(any_of(free)[:, None], free, lowest <= least(lowest)[:, None])
+        both = _reduced(matrix, xp.stack([inv, free * p], -1), free)
         a, g = both[..., 0], both[..., 1]
-        slope = floor((inv * a).sum(-1), EPS**8)[:, None]
+        slope = total(inv * a)
         base = total(inv * g) / slope
-        rest = total(xp.where(free, p - base * inv, 0.0) * (g - base * a))
+        rest = total((free * p - base * inv) * (g - base * a))
         root = base + xp.sqrt(floor(1 - rest, 0.0) / slope)
         y = root * a - g
-        slack = xp.where(there, times(matrix, y) + p - root * inv, 1.0)
-        noise = 8 * EPS * count * (xp.abs(p) + xp.abs(root) * inv + times(magnitude[rows], xp.abs(y)))
-        return _Trial(y, slack, noise)
+        return _Trial(y, times(matrix, y) + p - root * inv, noise_of(y, rows, root))
 
-    reach = least(xp.where(moving, (finite + 1) / xp.where(moving, inverse, 1.0), math.inf))
-    start = moving & (finite <= inverse * xp.where(xp.isfinite(reach), reach, 0.0)[:, None])
-    y, solved = _pivot(start, evaluate, 8 if xp is np else _cap(count))
-    product = times(cosine, y)
-    used = y > 0
-    level = (xp.where(used, y * (product + finite), 0.0)).sum(-1) / floor((y * inverse).sum(-1), EPS**8)
-    noise = 32 * EPS * count * (xp.abs(finite) + xp.abs(level)[:, None] * inverse + times(magnitude, xp.abs(y)))
-    wrong = moving & (
-        xp.where(used, xp.abs(product + finite - level[:, None] * inverse), level[:, None] * inverse - product - finite)
-        > noise
-    )
-    length = (y * product).sum(-1)
-    # where huge coefficients cancel, rounding passes for length
-    sure = (xp.abs(y) * times(magnitude, xp.abs(y))).sum(-1) * (32 * EPS * count) <= 1e-9
-    exact = solved & ~any_of(wrong) & (xp.abs(length - 1) <= 1e-9) & sure & (level <= ceiling)
-    y = floor(y, 0.0)
+    with np.errstate(all="ignore"):  # a bad guess may overflow; what counts is checked below
+        # everyone who would be behind if the worst-off task alone were helped
+        reach = least((along + 1) / inverse)[:, None]
+        y, solved = _pivot(along <= inverse * reach, evaluate, 8 if xp is np else _cap(count))
+        product = times(cosine, y)
+        reached = product + xp.where(inverse > 0, along, 0.0)
+        level = total(y * reached) / total(y * inverse)
+        noise = 4 * noise_of(y, slice(None), level)
+        lag = level * inverse - reached
+        wrong = xp.where(y > 0, xp.abs(lag), lag) > noise
+        length = (y * product).sum(-1)
+        # where huge coefficients cancel, rounding passes for length
+        sure = (32 * EPS * count) * xp.abs(y).sum(-1) ** 2 <= 1e-9
+        exact = solved & ~any_of(wrong | (y < 0)) & (xp.abs(length - 1) <= 1e-9) & sure & (level[:, 0] <= ceiling)
     done = any_of(moving) & (radius > 0)
     if isinstance(y, Tensor):
         # the cases that the host treats one by one: a level that is bounded by the hull or by a zero row
-        y, exact = _bounded_level(cosine, inverse, finite, moving, ceiling, y, exact)
-    else:
+        y, exact = _bounded_level(cosine, inverse, along, moving, ceiling, floor(y, 0.0), exact)
+    elif not exact.all():
         for b in np.flatnonzero(~exact & done):
-            there = np.flatnonzero(moving[b])
-            part, certain = _walk(
-                cosine[b][np.ix_(there, there)], inverse[b, there], finite[b, there], float(ceiling[b])
-            )
+            held = np.flatnonzero(moving[b])
+            part, certain = _walk(cosine[b][held[:, None], held], inverse[b, held], along[b, held], float(ceiling[b]))
             y[b] = 0.0
-            y[b, there], exact[b] = part, certain
+            y[b, held], exact[b] = part, certain
     return xp.where(done[:, None], y * size / norms, 0.0), exact | ~done
 
 
@@ -628,6 +667,7 @@ def _bounded_level(
 ) -> tuple[Array, Array]:
     """On the device: where no level above ``top`` exists, the shortest step that reaches ``top``."""
     xp = namespace(cosine)
+    along = xp.where(moving, along, 0.0)
     top = xp.minimum(least(xp.where(moving, (along + 1) / xp.where(moving, inverse, 1.0), math.inf)), ceiling)
     top = xp.where(xp.isfinite(top), top, 0.0)
     for _ in range(8):
@@ -699,8 +739,8 @@ def bargain(cosine: Array, rate: Array, power: float, alive: Array) -> tuple[Arr
     """``y > 0`` with ``C y = p y**(-s)``: Nash bargaining (s = 1) and alpha-fair utilities (s = 1 / alpha).
 
     The minimum of the convex function ``0.5 y'Cy - sum_i p_i U(y_i)`` with ``U' = y**(-s)``, by Newton's method with
-    backtracking. It has no minimum where some ``y >= 0`` has ``C y = 0`` (Pareto-stationary gradients): a quadratic
-    term of relative size 1e-14 then keeps ``y`` finite, and ``U'y`` is zero up to rounding.
+    backtracking. It has no minimum where some ``y >= 0`` has ``C y = 0`` (Pareto-stationary gradients): their ``y``
+    would grow for ever while they cancel each other, and is set to 0.
 
     Args:
         cosine: ``[B, T, T]`` positive semidefinite with unit diagonal.
@@ -712,63 +752,65 @@ def bargain(cosine: Array, rate: Array, power: float, alive: Array) -> tuple[Arr
         ``y`` [B, T], and whether the equation holds up to rounding.
     """
     xp = namespace(cosine)
-    alone = xp.where(alive, rate, 1.0) ** (1 / (1 + power))  # the answer if all gradients were orthogonal
-    # scaling the start to its best length takes most of Newton's way
-    grown = floor((alone * times(cosine, alone)).sum(-1), EPS)
-    length = ((rate * alone ** (1 - power) * alive).sum(-1) / grown) ** (1 / (1 + power))
-    start = alone * xp.clip(length, 1e-4, 1e4)[:, None]
-    y, exact = _newton(cosine, rate, power, alive, start, 0.0)
-    if not _finished(exact):
-        again, _ = _newton(cosine, rate, power, alive, start, 1e-14)
-        y = xp.where(exact[:, None], y, again)
-        # Pareto-stationary: what is left of the equation is the quadratic term's
-        length = xp.sqrt(floor((again * times(cosine, again)).sum(-1), 0.0))
-        exact = exact | (length <= 1e-6 * (again * alive).sum(-1))
-    return xp.where(alive, y, 0.0), exact
+    rate = xp.where(alive, rate, 1.0)
+    whole = _finished(alive)
+    matrix = cosine if whole else xp.where(alive[:, :, None] & alive[:, None, :] | identity(cosine), cosine, 0.0)
+    with np.errstate(all="ignore"):  # overshooting steps are taken back
+        alone = rate if power == 1 else rate ** (1 / (1 + power))  # the answer for orthogonal gradients
+        # scaling the start to its best length takes most of Newton's way
+        grown = floor((alone * times(matrix, alone)).sum(-1), EPS)
+        length = ((rate * alone ** (1 - power)).sum(-1) / grown) ** (1 / (1 + power))
+        start = alone * xp.clip(length, 1e-4, 1e4)[:, None]
+        y, exact, sure = _newton(matrix, rate, power, start, 0.0)
+        if not _finished(sure):
+            stationary = ~cone(matrix, xp.where(alive, 1.0, -1.0)).bounded & ~sure
+            if not _finished(~stationary):
+                ridge = 1e-14
+                again = _newton(matrix, rate, power, start, ridge)[0]
+                # gradients that only cancel each other are left out, they would add rounding alone
+                endless = again > alone * ridge ** (-0.5 / (1 + power))
+                y = xp.where(stationary[:, None], xp.where(endless, 0.0, again), y)
+                exact = exact | stationary
+    return (y if whole else xp.where(alive, y, 0.0)), exact
 
 
-def _newton(cosine: Array, rate: Array, power: float, alive: Array, start: Array, ridge: float) -> tuple[Array, Array]:
-    xp = namespace(cosine)
+def _newton(matrix: Array, rate: Array, power: float, start: Array, ridge: float) -> tuple[Array, Array, Array]:
+    """``y``, whether the equation holds up to rounding, and whether rounding is small beside its terms."""
+    xp = namespace(matrix)
     count = start.shape[-1]
-    matrix = xp.where(alive[:, :, None] & alive[:, None, :], cosine, 0.0)
-    matrix = xp.where(identity(cosine), 1.0 + ridge, matrix)
-    magnitude = xp.abs(matrix)
-    p = xp.where(alive, rate, 1.0)
+    eye = identity(matrix) * 1.0
+    if ridge:
+        matrix = matrix + ridge * eye
     y = start
-    exact = xp.zeros_like(alive[:, 0])
-    diagonal_mask = identity(cosine)
-    done = exact
+    done = y[:, 0] < 0
     before = xp.full_like(y[:, 0], math.inf)
     for _ in range(60):
-        force = p * y ** (-power)
-        product = times(matrix, y)
-        gap = force - product
-        if _finished(done):
-            break
-        hessian = matrix + xp.where(diagonal_mask, (power * force / y)[..., None], 0.0)
-        step = _linear(hessian, gap[..., None])[..., 0]
-        relative = most(xp.abs(step) / y)
-        length = xp.ones_like(relative)
+        force = rate / y if power == 1 else rate * y ** (-power)
+        gap = force - times(matrix, y)
+        step = _linear(matrix + eye * (power * force / y)[..., None], gap[..., None])[..., 0]
+        relative = most(xp.abs(step / y))
+        length: Array = 1.0
         if not _finished(relative < 0.3):
             # as far as positive, then back until the slope along the step is not steeper upwards than it was down
-            room = least(xp.where(step < 0, -y / xp.where(step < 0, step, -1.0), math.inf))
-            length = xp.clip(0.95 * room, None, 1.0)
+            length = floor(1.05 * most(-step / y), 1.0) ** -1
             slope = (gap * step).sum(-1)
             for _ in range(6):
                 trial = y + length[:, None] * step
-                over = ((p * trial ** (-power) - times(matrix, trial)) * step).sum(-1) < -0.9 * slope
+                over = ((rate * trial ** (-power) - times(matrix, trial)) * step).sum(-1) < -0.9 * slope
                 if _finished(~over):
                     break
                 length = xp.where(over, length / 2, length)
-        moved = y + length[:, None] * step
-        sound = ~done & (moved > 0).all(-1)
-        y = xp.where(sound[:, None], moved, y)
+            length = length[:, None]
+        moved = y + length * step
+        y = xp.where((~done & (moved > 0).all(-1))[:, None], moved, y)
         # Newton squares small steps; where they no longer shrink they are rounding
-        done = done | (relative < 1e-9) | ((relative < 1e-4) & (relative >= before / 2))
+        done = done | (relative < 1e-7) | ((relative < 1e-4) & (relative >= before / 2))
+        if _finished(done):
+            break
         before = relative
-    force = p * y ** (-power)
-    exact = ~any_of(~(xp.abs(force - times(matrix, y)) <= 32 * EPS * count * (force + times(magnitude, y))))
-    return y, exact
+    force = rate / y if power == 1 else rate * y ** (-power)
+    noise = 32 * EPS * count * (force + total(y))  # cosines are at most 1
+    return y, (xp.abs(force - times(matrix, y)) <= noise).all(-1), (noise <= 0.1 * force).all(-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -141,7 +141,10 @@ class _Session:
         found = iter(torch.autograd.grad(list(losses.values()), wanted, factors, allow_unused=True))
         return [next(found) if p.requires_grad else None for p in self.parameters]
 
-    def virtual_step(self, gradients: Sequence[Tensor | None]) -> tuple[list[Tensor | None], float]:
+    def rates(self) -> list[float]:
+        return [float(group["lr"]) for group in self.optimizer.param_groups for _ in group["params"]]
+
+    def virtual_step(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         steps: list[Tensor | None] = []
         given = iter(gradients)
         for group in self.optimizer.param_groups:
@@ -153,7 +156,7 @@ class _Session:
                     g = g if kept is None else g + group.get("momentum", 0.0) * kept
                     g = -group["lr"] * g
                 steps.append(g)
-        return steps, float(self.optimizer.param_groups[0]["lr"])
+        return steps
 
     @contextmanager
     def moved(self, directions: Sequence[Tensor | None], length: float = 1.0) -> Iterator[None]:

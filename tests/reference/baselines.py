@@ -219,9 +219,10 @@ def gdod(J: Array, tolerance: float = 1e-10, cutoff: float | None = None) -> Arr
     Q, s = svd(J[kept])
     for k in range(resolved(s, cutoff)):
         v = (Q[:, k] @ rows) / s[k]
-        c = [np.dot(g, v) / np.sqrt(np.dot(g, g)) for g in rows]
+        # g_i . v_k is s_k Q_ik: the product itself cancels where the rows' lengths differ by many orders
+        c = [s[k] * Q[i, k] / np.sqrt(np.dot(g, g)) for i, g in enumerate(rows)]
         if min(max(c), -min(c)) <= tolerance:
-            d += sum(np.dot(g, v) for g in rows) * v
+            d += s[k] * Q[:, k].sum() * v
     return d.astype(float)
 
 

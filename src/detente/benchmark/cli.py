@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import math
 import os
@@ -42,7 +43,7 @@ except ImportError as error:
 from detente.benchmark.problem import Problem, list_problems, load_problem
 from detente.benchmark.runner import Event, jobs_of, prepare, run_jobs
 from detente.benchmark.specs import Spec, parse_methods
-from detente.method import list_methods, method_class
+from detente.method import describe, list_methods, method_class
 
 app = typer.Typer(
     help="Compare methods for conflicting task gradients, honestly, on your problem or a built-in one.",
@@ -261,16 +262,30 @@ def report(directory: Annotated[Path, typer.Argument(help="Directory of a compar
 
 
 @app.command()
-def methods() -> None:
-    """List the methods."""
-    table = Table(box=rich.box.SIMPLE_HEAD)
-    for heading in ("method", "what it does", "needs", "backward passes"):
-        table.add_column(heading)
-    for name in list_methods():
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(help="A method, to read about it; without one, the table of all.")
+    ] = None,
+) -> None:
+    """List the methods with what they need, cost and promise, or explain one of them."""
+    if name is not None:
         cls = method_class(name)
-        line = (cls.__doc__ or "").strip().partition("\n")[0]
-        table.add_row(name, line, ", ".join(sorted(cls.needs)) or "-", cls.backwards)
+        for key, value in describe(cls).items():
+            console.print(f"[bold]{key}[/bold]: {escape(value)}", highlight=False, soft_wrap=True)
+        console.print()
+        console.print(inspect.getdoc(cls), markup=False, highlight=False, soft_wrap=True)
+        console.print()
+        console.print(cls.paper.bibtex(), markup=False, highlight=False, soft_wrap=True)
+        return
+    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    columns = ("name", "paper", "kind", "needs", "backward passes", "extra state", "properties")
+    for heading in columns:
+        table.add_column(heading, no_wrap=heading == "name", overflow="fold")
+    for entry in list_methods():
+        row = describe(method_class(entry))
+        table.add_row(*(escape(row[heading]) for heading in columns))
     console.print(table)
+    console.print("detente methods NAME explains one of them.", highlight=False)
 
 
 @app.command()

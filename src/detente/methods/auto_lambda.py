@@ -20,9 +20,9 @@ class AutoLambda(LossWeighting):
     Liu et al. (2022), with the authors' finite differences. Needs :func:`detente.step`. ::
 
         theta' = theta - lr (gradient of sum_i l_i L_i, with momentum and weight decay)     virtual step
-        v      = gradient of the sum of the primary losses at theta', on the second batch
+        v      = lr times the gradient of the sum of the primary losses at theta', on the second batch
         e      = epsilon / ||v||
-        l_i   <- Adam(l_i, gradient -lr (L_i(theta + e v) - L_i(theta - e v)) / (2 e))
+        l_i   <- Adam(l_i, gradient -(L_i(theta + e v) - L_i(theta - e v)) / (2 e))
         d      = gradient of sum_i l_i L_i
 
     Weights may become negative; nothing normalises them. In auxiliary learning name the tasks that count in
@@ -101,10 +101,10 @@ class AutoLambda(LossWeighting):
                 f"{list(tasks)}."
             )
         current = dict(zip(tasks, self.lambdas.read(tasks).tolist(), strict=True))
-        virtual, lr = session.virtual_step(session.gradients(losses, current))
-        with session.moved(virtual):
+        with session.moved(session.virtual_step(session.gradients(losses, current))):
             ahead = session.losses() if self.meta is None else dict(self.meta())
             wanted = session.gradients({t: ahead[t] for t in goal}, dict.fromkeys(goal, 1.0))
+        wanted = [None if v is None else rate * v for v, rate in zip(wanted, session.rates(), strict=True)]
         length = math.sqrt(sum(float(v.double().square().sum()) for v in wanted if v is not None))
         if 0 < length < math.inf:
             step = self.epsilon / length
@@ -112,7 +112,7 @@ class AutoLambda(LossWeighting):
                 above = session.values()
             with session.moved(wanted, -step):
                 below = session.values()
-            slope = torch.tensor([-lr * (above[t] - below[t]) / (2 * step) for t in tasks], dtype=torch.float64)
+            slope = torch.tensor([-(above[t] - below[t]) / (2 * step) for t in tasks], dtype=torch.float64)
             if bool(slope.isfinite().all()):
                 self.lambdas.descend(tasks, slope)
         return super().take_step(session)

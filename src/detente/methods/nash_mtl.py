@@ -23,11 +23,12 @@ class NashMTL(GramianMethod):
 
         a > 0 with  G a = 1 / a  (elementwise)            every task gains a_i g_i . d = 1
         d = sum_i a_i g_i,   ||d|| = sqrt(T)
-        min_norm:  d <- d min(1, max_norm / ||d||)
+        max_norm:  d <- d min(1, max_norm / ||d||)
 
     Solved exactly, by Newton's method on the convex function ``0.5 a'Ga - sum_i log a_i``. Rescaling a loss changes
     nothing at all: the length of the update is sqrt(T) whatever the gradients, so the learning rate alone decides how
-    far a step goes. At Pareto-stationary points there is no solution and the update is zero up to rounding.
+    far a step goes. Gradients that can only cancel each other (Pareto-stationary ones) have no solution; they are left
+    out, and where that is all of them the update is zero.
 
     Task-specific parameters follow the weighted loss, as in the authors' code.
 
