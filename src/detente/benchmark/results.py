@@ -84,6 +84,8 @@ class Job:
     step_ms: float
     peak_mb: float
     parameters: int
+    diverged: str | None = None
+    """Where and why the run stopped, if a loss was no longer finite."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,12 @@ def compare(jobs: Iterable[Job], config: Mapping[str, Any], directory: Path) -> 
             )
         )
         if not all(estimate.finite for estimate in rows[-1].metrics.values()):
-            notes.append(f"{label} has a metric that is not finite: at least one of its runs diverged.")
+            told = [f"seed {job.seed} {job.diverged}" for job in group if job.diverged]
+            notes.append(
+                f"{label} diverged: {'; '.join(told)}."
+                if told
+                else f"{label} has a metric that is not finite: at least one of its runs diverged."
+            )
 
     def position(row: Row) -> tuple[float, int, str]:
         value = row.delta_m.mean if row.delta_m else 0.0
@@ -296,6 +303,8 @@ def verdict(comparison: Comparison) -> str:
         few = "One seed" if n == 1 else "Two seeds"
         return f"{few} cannot tell a method from equal weights: run the comparison again with three seeds or more."
     found = differences(comparison)
+    lost = [row.label for row in comparison.rows if row.delta_m is not None and not row.delta_m.finite]
+    gone = f" {_listed(lost)} diverged and cannot be judged." if lost and found else ""
     if not found:
         return "No method shares two or more usable seeds with equal weights, so none can be judged."
     sure = [item for item in found if item.p_holm < 0.05]
@@ -303,13 +312,13 @@ def verdict(comparison: Comparison) -> str:
     test = f"Paired t-tests, Holm-corrected for {methods}; the intervals are not corrected."
     if not sure:
         claim = _claim(found[:1])
-        return f"No method is distinguishable from equal weights at {n} seeds. By its mean, {claim}. {test}"
+        return f"No method is distinguishable from equal weights at {n} seeds. By its mean, {claim}.{gone} {test}"
     better = [item for item in sure if item.points.mean > 0]
     worse = [item for item in reversed(sure) if item.points.mean < 0]
     text = ". ".join(_claim(group) for group in (better, worse) if group)
     unsure = [item.label for item in found if item not in sure]
     rest = f" {_listed(unsure)} cannot be told from equal weights." if unsure else ""
-    return f"On {comparison.problem} over {n} seeds, {text}.{rest} {test}"
+    return f"On {comparison.problem} over {n} seeds, {text}.{rest}{gone} {test}"
 
 
 def _claim(items: Sequence[Difference]) -> str:
@@ -472,11 +481,16 @@ def _read_job(path: Path, tasks: Directions, fix: str) -> Job:
             step_ms=float(cost["step_ms"]),
             peak_mb=float(cost["peak_mb"]),
             parameters=int(cost["parameters"]),
+            diverged=_divergence(content.get("diverged")),
         )
     except KeyError as error:
         raise ResultError(f"{path} is incomplete: {error.args[0]!r} is missing. {fix}") from error
     except (TypeError, ValueError) as error:
         raise ResultError(f"{path} is corrupt: {error}. {fix}") from error
+
+
+def _divergence(found: Mapping[str, Any] | None) -> str | None:
+    return None if found is None else f"in epoch {found['epoch']} ({found['reason']})"
 
 
 def _value(value: float | None) -> float:

@@ -43,7 +43,7 @@ from detente.benchmark.specs import Spec
 from detente.diagnostics import task_gramian
 from detente.gramian import cosines
 from detente.method import Method, method_class
-from detente.methods import DTP
+from detente.methods import DTP, AutoLambda
 from detente.nn import active_task, convert_task_norm
 from detente.step import step
 
@@ -279,7 +279,13 @@ class _Training:
         self.step_times: list[float] = []
         self.peak_mb = 0.0
         self.first_figures: dict[str, dict[str, float]] = {}
+        self.diverged: dict[str, Any] | None = None
         self._probing = False
+        # Auto-Lambda looks at a second shuffled pass of the training data
+        self.second = torch.Generator().manual_seed(job.seed + 1)
+        self._second_pass: Iterator[Any] = iter(())
+        if isinstance(self.method, AutoLambda):
+            self.method.meta = self._second_losses
 
     # -- checkpoints
 
@@ -290,6 +296,7 @@ class _Training:
             "optimizer": self.optimizer.state_dict(),
             "method": self.method.state_dict(),
             "generator": self.generator.get_state(),
+            "second": self.second.get_state(),
             "random": _random_state(),
         }
         write_checkpoint(path, content | {key: getattr(self, key) for key in self.PLAIN})
@@ -302,6 +309,7 @@ class _Training:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.method.load_state_dict(saved["method"])
             self.generator.set_state(saved["generator"])
+            self.second.set_state(saved["second"])
             _set_random_state(saved["random"])
             for key in self.PLAIN:
                 setattr(self, key, saved[key])
@@ -313,6 +321,8 @@ class _Training:
         return len(self.history)
 
     def _closure(self, batch: Any, log: _Log) -> Callable[..., dict[str, Tensor]]:
+        seen: set[str] = set()  # some methods compute losses several times per step; the first time counts
+
         def closure(tasks: tuple[str, ...] | None = None) -> dict[str, Tensor]:
             wanted = tasks or self.tasks
             losses: dict[str, Tensor] = {}
@@ -322,14 +332,18 @@ class _Training:
                         losses.update(self.problem.losses(self.model, batch, (task,)))
             else:
                 losses = self.problem.losses(self.model, batch, wanted)
-            log.loss(losses)
-            if self._probing and len(losses) > 1:
+            log.loss({task: loss for task, loss in losses.items() if task not in seen})
+            if self._probing and len(losses) > 1 and not seen:
                 gramian = task_gramian(losses)
                 if gramian is not None:
                     log.gramians.append(gramian)
+            seen.update(losses)
             return losses
 
         return closure
+
+    def _second_losses(self, tasks: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+        return self.problem.losses(self.model, next(self._second_pass), tasks or self.tasks)
 
     def warm_up(self) -> None:
         """One backward pass on a copy, so that one-time allocations of the libraries do not count as the job's."""
@@ -345,6 +359,7 @@ class _Training:
         settings = self.job.settings
         log = _Log(self.tasks)
         loader = _batches(self.data["train"], settings["batch_size"], self.generator)
+        self._second_pass = iter(_batches(self.data["train"], settings["batch_size"], self.second))
         count = len(loader)
         self.model.train()
         said = time.monotonic()
@@ -399,7 +414,13 @@ class _Training:
                 if all(better[self.problem.tasks[task][m]](figures[task][m], float(g)) for m, g in goals.items()):
                     self.reached[task] = self.epoch
 
+    def diverge(self, error: FloatingPointError) -> None:
+        """End the run where a loss stopped being finite; it is reported, with no figures, instead of dropped."""
+        self.diverged = {"epoch": self.epoch + 1, "reason": str(error).partition(". ")[0].rstrip(".")}
+
     def done(self) -> bool:
+        if self.diverged is not None:
+            return True
         target = self.problem.target
         stop = target is not None and all(t in self.reached for t in self.tasks if t in target)
         return stop or self.epoch >= self.job.settings["epochs"]
@@ -415,6 +436,8 @@ class _Training:
         for task in self.tasks:
             if "epochs" in self.problem.tasks[task] and self.problem.target:
                 metrics[task]["epochs"] = float(self.reached.get(task, self.job.settings["epochs"]))
+        if self.diverged is not None:
+            metrics = {t: dict.fromkeys(self.problem.tasks[t], math.nan) for t in self.tasks}
         rated = [(r["conflict_rate"], r["probes"]) for r in self.history if r["conflict_rate"] is not None]
         return {
             "problem": self.problem.name,
@@ -423,6 +446,7 @@ class _Training:
             "seed": self.job.seed,
             "task": self.job.task,
             "metrics": metrics,
+            "diverged": self.diverged,
             "selected_epoch": self.best["epoch"],
             "epochs": self.epoch,
             "steps": sum(row["steps"] for row in self.history),
@@ -485,7 +509,11 @@ def _run(job: Job, root: Path, progress: Progress) -> None:
     saved = time.monotonic()
     with _PeakMemory() as memory:
         while not training.done():
-            training.run_epoch(say)
+            try:
+                training.run_epoch(say)
+            except FloatingPointError as error:
+                training.diverge(error)
+                break
             # an epoch may take milliseconds; losing two seconds of work is cheaper than writing each
             if time.monotonic() - saved > 2:
                 training.save(checkpoint)
