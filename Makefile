@@ -1,4 +1,5 @@
 # make demo: compare the methods on real digits.  make test: run all tests.  Both need only Python 3.10 to 3.13.
+# make bench: set detente beside torchjd, in an environment of its own (see benchmarks/README.md).
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -6,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # two threads under contention are many times slower than one
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench bench-agreement bench-solvers clean
 
 demo: .venv/compare
 	$(BIN)/detente compare digits --out runs/demo
@@ -37,5 +38,25 @@ lint: .venv/dev
 	$(PIP) --editable ".[compare,dev]"
 	touch $@
 
+# the peer library and its solvers, which detente itself never needs
+BENCH := benchmarks/.venv/bin/python
+BENCH_PIP := $(BENCH) -m pip install --quiet --disable-pip-version-check --constraint benchmarks/constraints.txt
+
+bench: bench-agreement bench-solvers
+
+bench-agreement: benchmarks/.venv/ready
+	$(BENCH) benchmarks/agreement.py
+
+bench-solvers: benchmarks/.venv/ready
+	$(BENCH) benchmarks/solvers.py
+
+benchmarks/.venv/ready: benchmarks/constraints.txt
+	$(PYTHON) -m venv benchmarks/.venv
+	$(BENCH_PIP) torch==2.13.0
+	$(BENCH_PIP) "torchjd[full]" numpy scipy
+	$(BENCH) -c "import torch; assert torch.__version__.startswith('2.13.0'), torch.__version__"
+	$(BENCH_PIP) --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf .venv
+	rm -rf .venv benchmarks/.venv

@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import detente
-from detente.method import Context
+from detente.method import Context, method_class
 from states import plain
 
 # float64 rounding through another order of summation and a well-conditioned solve of a few tasks
@@ -22,9 +23,25 @@ TIGHT = {"rtol": 1e-9, "atol": 1e-12}
 SINGLE = {"rtol": 2e-5, "atol": 1e-7}
 
 TASKS = ("a", "b", "c")
-ALL = [detente.get_method(name) for name in detente.list_methods() if name != "connection_strength"]
-GRAMIAN = [m.name for m in ALL if isinstance(m, detente.GramianMethod)]
-WEIGHTINGS = [m.name for m in ALL if isinstance(m, detente.LossWeighting)]
+# built without arguments: a method that works on the layers of a model needs the model
+METHODS = {n: detente.get_method(n) for n in detente.list_methods() if "model" not in method_class(n).needs}
+GRAMIAN = [name for name, m in METHODS.items() if isinstance(m, detente.GramianMethod)]
+# one backward pass is all they need
+WEIGHTINGS = [n for n, m in METHODS.items() if isinstance(m, detente.LossWeighting) and not m.requires_step]
+# the update is the coefficients times the gradients, not times rewritten ones
+COMBINING = [name for name in GRAMIAN if not METHODS[name].transforms]
+# a loss weighting of the method's own leaves no room for another
+WEIGHTABLE = [name for name in GRAMIAN if METHODS[name].own_weighting is None]
+# the update is what ``weights`` makes of the Gramian of the gradients
+PLAIN = [name for name in COMBINING if name in WEIGHTABLE]
+# draws per coordinate are in the order in which the engine lays out the parameters
+ORDERLESS = [name for name in GRAMIAN if not (METHODS[name].transforms and METHODS[name].stochastic)]
+
+
+def build(name: str, granularity: str | None = "model") -> detente.Method:
+    """The method, with heads that go with blocks."""
+    blocks = granularity not in (None, "model") and METHODS[name].heads == "weighted"
+    return detente.get_method(name, **({"heads": "own"} if blocks else {}))
 
 
 class Net(nn.Module):
@@ -70,6 +87,19 @@ def flat(gradient: Tensor | None, like: Tensor) -> Tensor:
     return (torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient).reshape(-1).double()
 
 
+def resolved(J: Tensor, method: detente.GramianMethod, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+    """The update, the coefficients, and the method's own weights of the losses."""
+    first = torch.ones(len(J), dtype=torch.float64)
+    if method.own_weighting is not None:
+        first = method.own_weighting.weights(context.losses, context)
+        context = replace(context, losses=context.losses * first)
+    rows = first[:, None] * J
+    if method.transforms:
+        method.transform([rows], context)
+    weights = method.weights(rows @ rows.T, context)
+    return weights @ rows, weights * first, first
+
+
 def oracle(
     losses: dict[str, Tensor],
     parameters: Sequence[Tensor],
@@ -87,17 +117,24 @@ def oracle(
         chosen = [k for k, count in enumerate(hits) if count > 1]
     else:
         chosen = [k for k, p in enumerate(parameters) if any(p is s for s in shared)]
-    J = torch.stack([torch.cat([flat(row[k], parameters[k]) for k in chosen]) for row in g])
+    parts = [torch.stack([flat(row[k], parameters[k]) for row in g]) for k in chosen]
+    J = torch.cat(parts, 1)
     values = torch.stack([loss.detach().double().reshape(()) for loss in losses.values()])
-    weights = method.weights(J @ J.T, Context(tuple(losses), losses=values))
-    result: list[Tensor | None] = []
+    update, weights, first = resolved(J, method, Context(tuple(losses), losses=values))
+    combined = dict(zip(chosen, update.split([part.shape[1] for part in parts]), strict=True))
     # a task left out for its zero trunk gradient has coefficient 0 there, and still trains its own head
-    moving = torch.where(J.norm(dim=1) > 0, weights, 1.0)
-    for k in range(len(parameters)):
-        own = moving if method.heads == "weighted" else torch.ones_like(weights)
-        factors = weights if k in chosen else own
-        parts = [w * row[k] for w, row in zip(factors, g, strict=True) if row[k] is not None]
-        result.append(sum(parts[1:], parts[0]).to(parameters[k].dtype) if parts else None)
+    heads = torch.where(J.norm(dim=1) > 0, weights, first) if method.heads == "weighted" else first
+    result: list[Tensor | None] = []
+    for k, p in enumerate(parameters):
+        own = [w * row[k] for w, row in zip(heads, g, strict=True) if row[k] is not None]
+        if not own:
+            result.append(None)
+        elif k not in combined:
+            result.append(sum(own[1:], own[0]).to(p.dtype))
+        elif p.is_complex():
+            result.append(torch.view_as_complex(combined[k].reshape(*p.shape, 2).clone()).to(p.dtype))
+        else:
+            result.append(combined[k].reshape(p.shape).to(p.dtype))
     return result, weights
 
 
@@ -113,7 +150,7 @@ def test_gd_is_the_backward_of_the_sum():
     assert_same(grads(net), wanted, **SINGLE)
 
 
-@pytest.mark.parametrize("name", GRAMIAN)
+@pytest.mark.parametrize("name", ORDERLESS)
 def test_gramian_methods_equal_the_plain_loop(name):
     """Over steps in which the parameters move, so that histories and generators are in step too."""
     net, method, reference = Net(), detente.get_method(name), detente.get_method(name)
@@ -404,7 +441,7 @@ def test_preferences_follow_the_names_of_the_tasks():
     assert_same(grads(net), wanted)
 
 
-@pytest.mark.parametrize("name", [*GRAMIAN, *WEIGHTINGS])
+@pytest.mark.parametrize("name", [*ORDERLESS, *WEIGHTINGS])
 def test_a_step_may_bring_only_some_of_the_tasks(name):
     """Methods with a history go on with each task's own: the reference sees exactly the same steps."""
     net, method, reference = Net(), detente.get_method(name), detente.get_method(name)
@@ -422,18 +459,40 @@ def test_a_step_may_bring_only_some_of_the_tasks(name):
         assert_same(taken(net), wanted)
 
 
+# what a lone task's (weighted) gradient of length n is multiplied with, where that is not 1
+ALONE: dict[str, Callable[[float], float]] = {
+    "cagrad": lambda n: 1.5,  # g0 + c |g0| g / |g|
+    "nash_mtl": lambda n: 1 / n,  # of length 1
+    "fairgrad": lambda n: n ** (-4 / 3),  # n^2 a = a^(-1 / 2)
+    "db_mtl": lambda n: 0.1,  # smoothed gradients start at 0
+    "moco": lambda n: 0.5,  # tracked gradients as well
+}
+
+
 @pytest.mark.parametrize("name", GRAMIAN)
-def test_one_task_gets_its_plain_gradient(name):
-    net = Net(("a",))
-    net.losses()["a"].backward()
-    wanted = taken(net)
-    update = detente.backward(net.losses(), detente.get_method(name))
+def test_one_task(name):
+    """Nothing is shared unless listed, and the gradient is the plain one; listed, it is the method's multiple."""
+    net, method = Net(("a",)), detente.get_method(name)
+    loss = net.losses()["a"]
+    loss.backward(retain_graph=True)
+    weighting = method.own_weighting or detente.GD()
+    first = float(weighting.weights(loss.detach().reshape(1), Context(("a",))))
+    weighting.reset()
+    wanted = [first * g for g in taken(net)]
+    update = detente.backward({"a": loss}, detente.get_method(name))
     assert_same(taken(net), wanted)
     assert list(update.weights) == ["a"]
-    assert float(update.weights["a"]) == 1
-    if name != "cagrad":  # with a centre, c > 0 lengthens the step: (1 + c) g
-        detente.backward(net.losses(), detente.get_method(name), shared=net.trunk.parameters())
-        assert_same(taken(net), wanted)
+    assert float(update.weights["a"]) == first
+    count = len(list(net.trunk.parameters()))
+    trunk, head = wanted[:count], wanted[count:]
+    multiple = ALONE.get(name, lambda n: 1.0)(float(torch.cat([g.reshape(-1) for g in trunk]).norm()))
+    update = detente.backward(net.losses(), method, shared=net.trunk.parameters())
+    got = taken(net)
+    assert_same(got[:count], [multiple * g for g in trunk])
+    factor = float(update.weights["a"]) / first if method.heads == "weighted" else 1.0
+    assert_same(got[count:], [factor * g for g in head])
+    if not method.transforms:
+        assert float(update.weights["a"]) == pytest.approx(first * multiple)
 
 
 def test_cagrad_on_one_task_with_listed_parameters_is_its_formula():
@@ -446,7 +505,7 @@ def test_cagrad_on_one_task_with_listed_parameters_is_its_formula():
     assert float(weights) == pytest.approx(1.4)  # g0 + c |g0| g / |g|
 
 
-@pytest.mark.parametrize("name", [*GRAMIAN, "gd"])
+@pytest.mark.parametrize("name", [*COMBINING, "gd"])
 def test_one_tensor_under_two_names(name):
     net = Net()
     loss = net.losses(("a",))["a"]
@@ -544,6 +603,16 @@ def test_calling_inside_autocast_costs_no_precision(granularity):
     assert_same(grads(net), wanted, **SINGLE)
 
 
+# coefficients must not grow until their float32 terms no longer cancel
+@pytest.mark.parametrize("name", [name for name in GRAMIAN if METHODS[name].nonconflicting])
+def test_nothing_moves_in_float32_where_the_tasks_pull_apart(name):
+    """One parameter and gradients of both signs, as in every channel of a bias: no direction helps all tasks."""
+    for seed in range(20):
+        J = data(3, 1, seed=seed).float()
+        if J.min() < 0 < J.max():
+            assert float(detente.aggregate(J, detente.get_method(name)).abs()) <= 1e-5
+
+
 def test_calling_under_no_grad_is_fine():
     net = Net()
     wanted, _ = oracle(net.losses(), list(net.parameters()), detente.CAGrad())
@@ -572,7 +641,8 @@ def pieces(parameters: Sequence[Tensor], granularity: str) -> list[tuple[int, in
     return [(k, i) for k, p in enumerate(parameters) for i in (range(len(p)) if p.dim() else [None])]
 
 
-@pytest.mark.parametrize("name", [n for n in GRAMIAN if n != "mgda"])
+# methods with one coefficient per task for the model as a whole declare it
+@pytest.mark.parametrize("name", [n for n in PLAIN if "blocks" not in METHODS[n].exempt])
 @pytest.mark.parametrize("granularity", ["layer", "channel"])
 def test_granularity_equals_one_solve_per_block(name, granularity):
     net = Net()
@@ -582,7 +652,7 @@ def test_granularity_equals_one_solve_per_block(name, granularity):
         return net.losses(hook=lambda h: h * net.scale)
 
     shared = [p for n, p in net.named_parameters() if "heads" not in n]
-    update = detente.backward(losses(), detente.get_method(name), granularity=granularity)
+    update = detente.backward(losses(), build(name, granularity), granularity=granularity)
     got = {id(p): p.grad for p in shared}
     values = losses()
     g = [torch.autograd.grad(loss, shared, retain_graph=True) for loss in values.values()]
@@ -591,30 +661,29 @@ def test_granularity_equals_one_solve_per_block(name, granularity):
         return (g[t][k] if i is None else g[t][k][i]).reshape(-1)
 
     blocks = pieces(shared, granularity)
-    gramians = torch.stack(
-        [
-            torch.stack([torch.stack([part(s, k, i) @ part(t, k, i) for t in range(3)]) for s in range(3)])
-            for k, i in blocks
-        ]
-    )
+    rows = [torch.stack([part(t, k, i) for t in range(3)]) for k, i in blocks]
+    gramians = torch.stack([J @ J.T for J in rows])
     context = Context(TASKS, losses=torch.stack([v.detach() for v in values.values()]))
-    weights = detente.get_method(name).weights(gramians, context)
-    if not detente.get_method(name).stochastic:
-        single = torch.stack([detente.get_method(name).weights(G, context) for G in gramians])
-        torch.testing.assert_close(weights, single, **TIGHT)
+    method = build(name, granularity)
+    weights = method.weights(gramians, context)
+    # coefficients of fewer parameters than tasks are not unique: updates are, up to the rounding of their terms
+    noise = torch.stack([1e-14 * (w.abs() @ J.norm(dim=1)) for w, J in zip(weights, rows, strict=True)])
+    if not method.stochastic:
+        for J, G, w, e in zip(rows, gramians, weights, noise, strict=True):
+            single = build(name, granularity).weights(G, context)
+            e = e + 1e-14 * (single.abs() @ J.norm(dim=1))
+            torch.testing.assert_close(w @ J, single @ J, rtol=1e-9, atol=1e-12 + float(e))
+            if J.shape[1] >= 3:
+                torch.testing.assert_close(w, single, **TIGHT)
     for k in range(len(shared)):
-        rows = [b for b, (owner, _) in enumerate(blocks) if owner == k]
-        wanted = torch.stack([sum(weights[b, t] * part(t, *blocks[b]) for t in range(3)) for b in rows])
-        torch.testing.assert_close(got[id(shared[k])].reshape(-1), wanted.reshape(-1), **TIGHT)
+        mine = [b for b, (owner, _) in enumerate(blocks) if owner == k]
+        wanted = torch.cat([weights[b] @ rows[b] for b in mine])
+        slack = 1e-12 + float(noise[mine].max())
+        torch.testing.assert_close(got[id(shared[k])].reshape(-1), wanted, rtol=1e-9, atol=slack)
     assert all(w.shape == (len(blocks),) for w in update.weights.values())
-    sizes = torch.stack([torch.cat([part(t, k, None) for k in range(len(shared))]) for t in range(3)])
-    torch.testing.assert_close(update.gramian, sizes @ sizes.T, **TIGHT)
-    for t in TASKS:
-        assert_same([net.heads[t].weight.grad], torch.autograd.grad(net_loss(net, t), [net.heads[t].weight]))
-
-
-def net_loss(net: Net, task: str) -> Tensor:
-    return net.losses((task,), hook=lambda h: h * net.scale)[task]
+    torch.testing.assert_close(update.gramian, gramians.sum(0), **TIGHT)
+    for t, loss in values.items():
+        assert_same([net.heads[t].weight.grad], torch.autograd.grad(loss, [net.heads[t].weight], retain_graph=True))
 
 
 def test_granularity_of_several_dtypes_and_complex_parameters():
@@ -640,17 +709,15 @@ def test_granularity_model_is_the_default():
 FACTORS = {"a": 0.5, "b": 3.0, "c": 2.0}
 
 
-@pytest.mark.parametrize("name", GRAMIAN)
+@pytest.mark.parametrize("name", WEIGHTABLE)
 @pytest.mark.parametrize("granularity", ["model", "layer"])
 def test_weighting_equals_scaling_the_losses(name, granularity):
-    if (name, granularity) == ("mgda", "layer"):
-        pytest.skip("weighted heads have no blocks")
     net = Net()
     scaled = {t: FACTORS[t] * loss for t, loss in net.losses().items()}
-    reference = detente.backward(scaled, detente.get_method(name), granularity=granularity)
+    reference = detente.backward(scaled, build(name, granularity), granularity=granularity)
     wanted = taken(net)
     weighting = detente.GD(weights=FACTORS)
-    update = detente.backward(net.losses(), detente.get_method(name), granularity=granularity, weighting=weighting)
+    update = detente.backward(net.losses(), build(name, granularity), granularity=granularity, weighting=weighting)
     assert_same(grads(net), wanted)
     for t in TASKS:  # the coefficients are those of the task gradients themselves
         torch.testing.assert_close(update.weights[t], FACTORS[t] * reference.weights[t], **TIGHT)
@@ -687,14 +754,13 @@ def test_a_weighting_with_history_is_stepped_once_per_call():
     assert float(factors.std()) > 0
 
 
-@pytest.mark.parametrize("name", [*GRAMIAN, *WEIGHTINGS])
-@pytest.mark.parametrize("granularity", [None, "layer"])
+@pytest.mark.parametrize(
+    ("name", "granularity"), [(n, None) for n in [*GRAMIAN, *WEIGHTINGS]] + [(n, "layer") for n in GRAMIAN]
+)
 def test_scale_leaves_the_method_unmoved_and_stays_in_grad(name, granularity):
     """1024 is a power of two: every product is exact, so not one bit may differ."""
-    if granularity and (name == "mgda" or name in WEIGHTINGS):
-        pytest.skip("takes no granularity")
-    net, plain, scaled = Net(), detente.get_method(name), detente.get_method(name)
-    for _ in range(12 if name == "cdtt" else 2):
+    net, plain, scaled = Net(), build(name, granularity), build(name, granularity)
+    for _ in range(12 if plain.state else 1):  # cdtt's window of 10 is the longest warm-up
         before = detente.backward(net.losses(), plain, granularity=granularity)
         wanted = taken(net)
         losses = {t: 1024 * loss for t, loss in net.losses().items()}
@@ -711,7 +777,8 @@ def steep(h: Tensor) -> Tensor:
     return h + 1e6 * (h - h.detach())
 
 
-@pytest.mark.parametrize("name", ["cagrad", "cdtt", "pcgrad", "mgda"])
+# one with no history, one each that keeps losses, a generator, weights, and gradients; one with weighted heads
+@pytest.mark.parametrize("name", ["cagrad", "cdtt", "pcgrad", "gradnorm", "moco", "db_mtl", "mgda"])
 def test_grad_scaler_skips_an_overflow_and_the_history_with_it(name):
     net, twin = Net().float(), Net().float()
     for n in (net, twin):
@@ -757,7 +824,9 @@ def test_grad_scaler_skips_an_overflow_and_the_history_with_it(name):
 
 
 @pytest.mark.parametrize(
-    "method", [detente.CAGrad(), detente.CDTT(), detente.DWA(), detente.GD()], ids=lambda m: m.name
+    "method",
+    [detente.CAGrad(), detente.CDTT(), detente.DBMTL(), detente.IMTL(), detente.DWA(), detente.GD()],
+    ids=lambda m: m.name,
 )
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_scaler_gets_nan_gradients_for_a_loss_that_is_not_finite(method, value):
@@ -782,9 +851,7 @@ def test_a_scaler_gets_nan_gradients_for_a_loss_that_is_not_finite(method, value
 @pytest.mark.parametrize("name", GRAMIAN)
 @pytest.mark.parametrize("granularity", [None, "layer"])
 def test_gradients_that_are_not_finite_become_nan_without_an_exception(name, granularity):
-    if granularity and name == "mgda":
-        pytest.skip("weighted heads have no blocks")
-    net, method = Net(), detente.get_method(name)
+    net, method = Net(), build(name, granularity)
     detente.backward(net.losses(), method, granularity=granularity)
     net.zero_grad()
     before = plain(method.state_dict())
@@ -984,12 +1051,16 @@ def test_sampled_draws_nothing_when_the_step_fails():
 @pytest.mark.parametrize("name", GRAMIAN)
 @pytest.mark.parametrize("heads", ["own", "weighted"])
 def test_heads_follow_the_convention(name, heads):
-    net = Net()
-    update = detente.backward(net.losses(), detente.get_method(name, heads=heads))
-    for t, loss in net.losses().items():
+    net, method = Net(), detente.get_method(name, heads=heads)
+    losses = net.losses()
+    weighting = method.own_weighting or detente.GD()
+    own_weights = weighting.weights(torch.stack([loss.detach() for loss in losses.values()]), Context(TASKS))
+    weighting.reset()
+    update = detente.backward(losses, method)
+    for w, (t, loss) in zip(own_weights, net.losses().items(), strict=True):
         parameters = list(net.heads[t].parameters())
         own = torch.autograd.grad(loss, parameters, retain_graph=True)
-        factor = update.weights[t] if heads == "weighted" else 1.0
+        factor = update.weights[t] if heads == "weighted" else w
         assert_same([p.grad for p in parameters], [factor * g for g in own])
 
 
@@ -1033,42 +1104,32 @@ def test_weightings_form_no_gramian():
     assert update.stats["backwards"] == 1
 
 
-@pytest.mark.parametrize("name", [*GRAMIAN, *WEIGHTINGS])
-def test_a_small_network_learns_both_tasks(name):
-    net, method = Net(("a", "b"), seed=1), detente.get_method(name)
-    optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
-    start = {t: float(loss.detach()) for t, loss in net.losses().items()}
-    for _ in range(80):
-        optimizer.zero_grad()
-        detente.backward(net.losses(), method)
-        optimizer.step()
-    end = {t: float(loss.detach()) for t, loss in net.losses().items()}
-    # sixteen samples, ninety parameters: any method that moves the right way halves both losses
-    assert all(end[t] < 0.5 * start[t] for t in start), (start, end)
-
-
 # ---- aggregate -------------------------------------------------------------------------------------------------
 
 LOSSES = [0.5, 2.0, 1.0]
 
 
-@pytest.mark.parametrize("name", [*GRAMIAN, *WEIGHTINGS])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(n, torch.float64) for n in [*GRAMIAN, *WEIGHTINGS]]
+    # the number types of every method are in the conformance suite
+    + [(n, dtype) for n in ("cagrad", "imtl", "gls") for dtype in (torch.float32, torch.bfloat16)],
+)
 def test_aggregate_combines_the_rows_with_the_weights(name, dtype):
     J = data(3, 50).to(dtype)
     d = detente.aggregate(J, detente.get_method(name), losses=LOSSES)
     method, wide = detente.get_method(name), J.double()
+    values = torch.tensor(LOSSES, dtype=torch.float64)
     if isinstance(method, detente.GramianMethod):
-        weights = method.weights(
-            wide @ wide.T, Context(("0", "1", "2"), losses=torch.tensor(LOSSES, dtype=torch.float64))
-        )
+        wanted, weights, _ = resolved(wide, method, Context(("0", "1", "2"), losses=values))
     else:
-        weights = method.weights(torch.tensor(LOSSES))
+        weights = method.weights(values)
+        wanted = weights @ wide
     assert (d.dtype, d.shape) == (dtype, (50,))
     # rounding of the coefficients and of the result to the dtype
     eps = torch.finfo(dtype).eps
     bound = 8 * max(eps, 1e-10) * float((weights.abs()[:, None] * wide.abs()).sum(0).max())
-    torch.testing.assert_close(d.double(), weights @ wide, rtol=0, atol=bound)
+    torch.testing.assert_close(d.double(), wanted, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("name", [*GRAMIAN, *WEIGHTINGS])

@@ -58,6 +58,12 @@ class World:
         self.kept.append(method)
         return method
 
+    def stepped(self, method: Any, **options: Any) -> Any:
+        """``method`` with a real step behind it, and under watch: for those that keep gradients or blocks."""
+        detente.backward(self.losses(), method, **options)
+        self.kept.append(method)
+        return method
+
     def snapshot(self, gradients: bool) -> Any:
         # running statistics of the norms follow the forward pass, which is the caller's own
         values = dict(self.net.named_parameters())
@@ -295,6 +301,75 @@ ROWS: dict[str, Row] = {
         V,
         ("cdtt", "'a'", "blocks"),
     ),
+    "negative loss for GradNorm": Row(
+        lambda w: backward(w, w.losses(b=worth(-1.0)), w.stepped(detente.GradNorm())),
+        V,
+        ("gradnorm", "losses['b']", "-1", "Add a constant"),
+    ),
+    "negative loss for MGDA normalised by losses": Row(
+        lambda w: backward(w, w.losses(b=worth(-1.0)), detente.MGDA("loss"), weighting=w.keep(detente.DWA())),
+        V,
+        ("mgda", "losses['b']", "-1", "'l2'"),
+    ),
+    "negative loss for DB-MTL": Row(
+        lambda w: backward(w, w.losses(c=worth(-2.0)), w.stepped(detente.DBMTL())), V, ("losses['c']", "-2")
+    ),
+    "negative loss for IMTL": Row(
+        lambda w: backward(w, w.losses(c=worth(-2.0)), w.stepped(detente.IMTL())), V, ("losses['c']", "-2")
+    ),
+    "loss below the minimum for FAMO": Row(
+        lambda w: backward(w, w.losses(b=worth(0.2)), w.keep(detente.FAMO(minimum={"b": 0.5}), 0)),
+        V,
+        ("famo", "losses['b']", "0.2", "0.5", "minimum="),
+    ),
+    # histories that do not fit
+    "other blocks for GradVac behind a weighting": Row(
+        lambda w: backward(
+            w, method=w.stepped(detente.GradVac()), granularity="layer", weighting=w.keep(detente.DWA(window=2))
+        ),
+        V,
+        ("gradvac", "blocks", "reset()"),
+    ),
+    "other blocks for MoDo behind a weighting": Row(
+        lambda w: backward(
+            w,
+            method=w.stepped(detente.MoDo(heads="own")),
+            granularity="layer",
+            weighting=w.keep(detente.DWA(window=2)),
+        ),
+        V,
+        ("modo", "blocks", "reset()"),
+    ),
+    **{
+        f"other blocks for {name}": Row(
+            lambda w, method=method: backward(w, method=w.stepped(method()), granularity="layer"), V, (name, "blocks")
+        )
+        for name, method in {
+            "gradvac": detente.GradVac,
+            "modo": lambda: detente.MoDo(heads="own"),
+            "moco": lambda: detente.MoCo(heads="own"),
+        }.items()
+    },
+    **{
+        f"other shared parameters for {method.name}": Row(
+            lambda w, method=method: backward(w, method=w.stepped(method()), shared=[w.trunk[0].weight]),
+            V,
+            (method.name, "30 shared parameters", "step has 24", "method.reset()"),
+        )
+        for method in (detente.MoCo, detente.DBMTL, detente.ExcessMTL)
+    },
+    "other shared parameters for MoCo behind a weighting": Row(
+        lambda w: backward(
+            w, method=w.stepped(detente.MoCo()), shared=[w.trunk[0].weight], weighting=w.keep(detente.DWA(window=2))
+        ),
+        V,
+        ("moco", "shared parameters"),
+    ),
+    "layer of GradNorm that is not shared": Row(
+        lambda w: backward(w, method=w.keep(detente.GradNorm(layer=w.heads["a"].weight), 0)),
+        V,
+        ("gradnorm", "`layer`", "model.trunk"),
+    ),
     # options of backward
     "unknown granularity": Row(
         lambda w: backward(w, granularity="filter"), V, ("granularity", "'filter'", "layer", "channel")
@@ -350,6 +425,17 @@ ROWS: dict[str, Row] = {
         lambda w: backward(w, weighting=w.keep(detente.PCGrad())), T, ("weighting", "loss weighting", "PCGrad")
     ),
     "sparse shared embedding": Row(lambda w: sparse(w), V, ("sparse", "(5, 6)", "sparse=False")),
+    "a weighting for a method that has its own": Row(
+        lambda w: backward(w, method=w.stepped(detente.DBMTL()), weighting=w.keep(detente.DWA())),
+        V,
+        ("db_mtl", "(si)", "`weighting`"),
+    ),
+    "features and listed parameters": Row(
+        lambda w: backward(w, source="features", shared=w.trunk.parameters()), V, ("features", "`shared`")
+    ),
+    "features for a method that follows parameters": Row(
+        lambda w: backward(w, method=w.stepped(detente.MoCo()), source="features"), V, ("moco", "source='parameters'")
+    ),
     # aggregate and weights
     "jacobian with one dimension": Row(
         lambda w: aggregate(w, J[0], detente.CAGrad()), V, ("jacobian", "[T, P]", "(3,)")
@@ -487,6 +573,11 @@ ROWS: dict[str, Row] = {
         ),
         F,
         ("losses['a']", "nan"),
+    ),
+    "Auto-Lambda without a primary task": Row(
+        lambda w: step(w, lambda tasks=None: w.losses(), w.keep(detente.AutoLambda(primary=["depth"]))),
+        V,
+        ("auto_lambda", "['depth']", "['a', 'b', 'c']"),
     ),
     "step with an unknown source": Row(
         lambda w: step(w, lambda tasks=None: w.losses(), w.keep(detente.CAGrad()), source="all"), V, ("source", "'all'")

@@ -18,7 +18,7 @@ ARROWS: dict[str, set[str]] = {
     "gramian": set(),
     "solvers": set(),
     "nn": set(),
-    "method": {"gramian"},
+    "method": {"gramian", "solvers"},
     "methods": {"method", "solvers", "gramian", "nn"},
     "engine": {"gramian"},
     "backward": {"engine", "method", "gramian"},

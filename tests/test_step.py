@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import detente
+from detente.method import method_class
 from states import plain
 
-ALL = [name for name in detente.list_methods() if name != "connection_strength"]
+# built without arguments: a method that works on the layers of a model needs the model
+ALL = [name for name in detente.list_methods() if "model" not in method_class(name).needs]
 TASKS = ("a", "b", "c")
 
 
@@ -45,20 +47,24 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", ALL)
+# a method that requires step has no loop of backward that could be written out
+@pytest.mark.parametrize("name", [name for name in ALL if not detente.get_method(name).requires_step])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_step_is_the_loop_written_out(name, optimizer):
     net, twin = Net(), Net()
     method, by_hand = detente.get_method(name), detente.get_method(name)
     one, two = OPTIMIZERS[optimizer](net.parameters()), OPTIMIZERS[optimizer](twin.parameters())
+    after = "losses after the step" in method.needs
     for _ in range(4):
         update = detente.step(net.closure, one, method)
         two.zero_grad()
         wanted = detente.backward(twin.closure(), by_hand)
         two.step()
+        if after:
+            by_hand.after_step({t: loss.detach() for t, loss in twin.closure(TASKS).items()})
         assert equal(net, twin)  # the same operations in the same order: bit for bit
         assert all(torch.equal(update.weights[t], wanted.weights[t]) for t in TASKS)
-    assert net.asked == [None] * 4, "one forward pass per step"
+    assert net.asked == ([None, TASKS] if after else [None]) * 4, "one forward pass per step, and one after it"
     assert not equal(net, Net())
 
 
@@ -127,8 +133,8 @@ def test_training_with_step_lowers_every_loss(name):
         if k % 20 == 19:
             method.next_epoch()
     end = {t: float(v.detach()) for t, v in net.closure().items()}
-    # twelve samples, fifty parameters: any method that moves the right way takes a fifth off each loss
-    assert all(end[t] < 0.8 * start[t] for t in TASKS), (start, end)
+    # twelve samples, fifty parameters: any method that moves the right way takes a third off each loss
+    assert all(end[t] < 0.65 * start[t] for t in TASKS), (start, end)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -167,3 +173,355 @@ def test_step_emits_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         detente.step(net.closure, torch.optim.SGD(net.parameters(), lr=0.1), detente.CAGrad())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Methods that one backward pass cannot express
+
+NEED_STEP = {
+    "auto_lambda": (lambda: detente.AutoLambda(), "it tries a virtual step before each real one"),
+    "modo, 2 batches": (lambda: detente.MoDo(batches=2), "it compares 2 batches.*or leave batches=1"),
+    "modo, 3 batches": (lambda: detente.MoDo(batches=3), "it compares 3 batches.*or leave batches=1"),
+    "sdmgrad, 3 batches": (lambda: detente.SDMGrad(batches=3), "it compares 3 batches.*or leave batches=1"),
+}
+
+
+@pytest.mark.parametrize("case", NEED_STEP)
+def test_backward_says_why_a_method_needs_step(case):
+    build, why = NEED_STEP[case]
+    net, method = Net(), build()
+    before = plain(method.state_dict())
+    with pytest.raises(RuntimeError, match=rf"{method.name} cannot work with one backward pass: {why}"):
+        detente.backward(net.closure(), method)
+    with pytest.raises(RuntimeError, match=r"Use detente\.step\(closure, optimizer, method\)"):
+        detente.backward(net.closure(), method)
+    assert all(p.grad is None for p in net.parameters())
+    assert plain(method.state_dict()) == before
+    detente.step(net.closure, torch.optim.SGD(net.parameters(), lr=0.1), method)
+    assert not equal(net, Net()), "and step can"
+
+
+def test_methods_that_require_step_are_those_named():
+    required = {name for name in ALL if detente.get_method(name).requires_step}
+    assert required == {"auto_lambda"}
+    assert not detente.MoDo().requires_step
+    assert not detente.SDMGrad().requires_step
+
+
+@pytest.mark.parametrize(
+    "options", [{"weighting": detente.DWA()}, {"source": "features"}, {"source": detente.Sampled(1)}], ids=str
+)
+def test_a_schedule_takes_neither_weighting_nor_source(options):
+    net = Net()
+    with pytest.raises(ValueError, match="do not apply to the schedule of auto_lambda"):
+        detente.step(net.closure, torch.optim.SGD(net.parameters(), lr=0.1), detente.AutoLambda(), **options)
+    assert equal(net, Net())
+    assert net.asked == []
+
+
+class Batches(Net):
+    """In float64, with a fresh batch in every call; ``given`` are the batches that were handed out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.double()
+        self.generator = torch.Generator().manual_seed(5)
+        self.given: list[tuple[Tensor, Tensor]] = []
+
+    def on(self, x: Tensor, y: Tensor, tasks: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+        h = self.trunk(x)
+        return {t: (self.heads[t](h) - y[TASKS.index(t)]).square().mean() for t in tasks or TASKS}
+
+    def closure(self, tasks: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+        self.asked.append(tasks)
+        draw = {"generator": self.generator, "dtype": torch.float64}
+        self.given.append((torch.randn(12, 4, **draw), torch.randn(3, 12, 1, **draw)))
+        return self.on(*self.given[-1], tasks)
+
+    def jacobian(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        shared = list(self.trunk.parameters())
+        rows = [torch.autograd.grad(loss, shared, retain_graph=True) for loss in self.on(*batch).values()]
+        return torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+
+
+@pytest.mark.parametrize("batches", [2, 3])
+def test_several_batches_are_drawn_and_multiplied(batches):
+    """MoDo by hand: ``l <- Proj(l - gamma (J1 J2' l + rho l))``, and the update from the first call's batch."""
+    net, gamma, rho = Batches(), 0.3, 0.1
+    method = detente.MoDo(gamma=gamma, rho=rho, batches=batches)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    shares = torch.full((3,), 1 / 3, dtype=torch.float64)
+    for k in range(3):
+        frozen = copy.deepcopy(net)
+        update = detente.step(net.closure, optimizer, method)
+        now = net.given[k * batches :]
+        assert len(now) == batches, "one call of the closure per batch"
+        # with two batches the first one serves twice
+        first, second = (frozen.jacobian(batch) for batch in now[-2:])
+        shares = simplex(shares - gamma * (first @ second.T @ shares + rho * shares))
+        # float64 products of 30 numbers
+        torch.testing.assert_close(torch.stack(list(update.weights.values())), shares, rtol=1e-10, atol=1e-12)
+        d = torch.cat([p.grad.reshape(-1) for p in net.trunk.parameters()])
+        torch.testing.assert_close(d, shares @ frozen.jacobian(now[0]), rtol=1e-10, atol=1e-12)
+        own = frozen.jacobian(now[0])
+        torch.testing.assert_close(update.gramian, own @ own.T, rtol=1e-10, atol=1e-12)
+        assert update.stats["backwards"] == 3 * batches
+    assert net.asked == [None if k % batches == 0 else TASKS for k in range(3 * batches)]
+    assert float(shares.std()) > 0.01
+
+
+def simplex(point: Tensor) -> Tensor:
+    """The nearest point of the simplex, by trying every threshold."""
+    for count in range(len(point), 0, -1):
+        kept = point.sort(descending=True).values[:count]
+        level = (kept.sum() - 1) / count
+        if float(kept[-1]) > float(level):
+            return (point - level).clamp_min(0)
+    raise AssertionError
+
+
+@pytest.mark.parametrize("granularity", ["model", "layer"])
+def test_cross_products_come_in_blocks_too(granularity):
+    seen: list[Tensor] = []
+
+    class Spy(detente.SDMGrad):
+        def rule(self, gramian, context):
+            seen.append(context.cross)
+            return super().rule(gramian, context)
+
+    net = Batches()
+    frozen = copy.deepcopy(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    detente.step(net.closure, optimizer, Spy(batches=3), granularity=granularity)
+    _, first, second = (frozen.jacobian(batch) for batch in net.given)
+    (cross,) = seen
+    assert cross.shape == ((1 if granularity == "model" else 2), 3, 3)
+    torch.testing.assert_close(cross.sum(0), first @ second.T, rtol=1e-10, atol=1e-12)
+    assert float((cross - cross.transpose(1, 2)).abs().max()) > 1e-3, "of two batches: not symmetric"
+
+
+def test_batches_that_bring_other_tasks_are_refused():
+    net, calls = Batches(), []
+
+    def closure(tasks: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+        calls.append(tasks)
+        return net.closure(("a", "b") if len(calls) == 2 else TASKS)
+
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match=r"same tasks.*\['a', 'b', 'c'\] and \['a', 'b'\]"):
+        detente.step(closure, torch.optim.SGD(net.parameters(), lr=0.1), detente.MoDo(batches=3))
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), before.values(), strict=True))
+
+
+def snapshot(net: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in net.parameters()]
+
+
+class Watched(Net):
+    """Remembers where the parameters were at every forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.double()
+        self.x, self.y = self.x.double(), self.y.double()
+        self.places: list[list[Tensor]] = []
+
+    def closure(self, tasks: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+        self.places.append(snapshot(self))
+        return super().closure(tasks)
+
+
+SGDS = {
+    "plain": {"lr": 0.3},
+    "momentum and decay": {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.02},
+}
+
+
+@pytest.mark.parametrize("options", SGDS)
+def test_auto_lambda_steps_virtually_and_comes_back_to_the_bit(options):
+    net, method = Watched(), detente.AutoLambda(lr=0.01)
+    optimizer = torch.optim.SGD(net.parameters(), **SGDS[options])
+    for _ in range(3):
+        net.places.clear()
+        weights = method.lambdas.read(TASKS)
+        # what the optimizer itself would do with these weights
+        twin = copy.deepcopy(net)
+        other = torch.optim.SGD(twin.parameters(), **SGDS[options])
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        sum(w * loss for w, loss in zip(weights, twin.closure().values(), strict=True)).backward()
+        other.step()
+        detente.step(net.closure, optimizer, method)
+        start, ahead, above, below, resolved = net.places
+        for a, b, c in zip(start, resolved, ahead, strict=True):
+            assert torch.equal(a, b), "restored to the bit"
+            assert not torch.equal(a, c)
+        for a, b in zip(ahead, snapshot(twin), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)  # float64, another order of the same sums
+        # the finite difference: epsilon to both sides of where it began
+        up = torch.cat([(a - s).reshape(-1) for a, s in zip(above, start, strict=True)])
+        down = torch.cat([(b - s).reshape(-1) for b, s in zip(below, start, strict=True)])
+        torch.testing.assert_close(up, -down, rtol=1e-9, atol=1e-14)  # differences of numbers of the size 1
+        assert float(up.norm()) == pytest.approx(method.epsilon, rel=1e-9)
+
+
+def test_auto_lambda_by_hand():
+    """Three steps, written out from the docstring, Adam included."""
+    net, twin = Watched(), Watched()
+    method = detente.AutoLambda(lr=0.02, primary=["a", "c"])
+    rate, epsilon = 0.3, 0.01
+    one, two = (torch.optim.SGD(n.parameters(), lr=rate) for n in (net, twin))
+    values = torch.full((3,), 0.1, dtype=torch.float64, requires_grad=True)
+    adam = torch.optim.Adam([values], lr=0.02)
+    for _ in range(3):
+        used = values.detach().clone()
+        parameters = list(twin.parameters())
+
+        def total(weights: Tensor, model: Net = twin) -> Tensor:
+            return sum(w * loss for w, loss in zip(weights, model.closure().values(), strict=True))
+
+        def at(places: list[Tensor], model: Net = twin) -> list[float]:
+            old = snapshot(model)
+            with torch.no_grad():
+                for p, place in zip(model.parameters(), places, strict=True):
+                    p.copy_(place)
+                found = [float(loss) for loss in model.closure().values()]
+                for p, place in zip(model.parameters(), old, strict=True):
+                    p.copy_(place)
+            return found
+
+        here = snapshot(twin)
+        ahead = copy.deepcopy(twin)
+        slopes = torch.autograd.grad(total(used), parameters)
+        with torch.no_grad():
+            for p, g in zip(ahead.parameters(), slopes, strict=True):
+                p -= rate * g
+        goal = ahead.closure()
+        found = torch.autograd.grad(goal["a"] + goal["c"], list(ahead.parameters()), allow_unused=True)
+        v = [torch.zeros_like(p) if g is None else rate * g for p, g in zip(parameters, found, strict=True)]
+        step = epsilon / float(torch.cat([g.reshape(-1) for g in v]).norm())
+        up = at([p + step * g for p, g in zip(here, v, strict=True)])
+        down = at([p - step * g for p, g in zip(here, v, strict=True)])
+        change = [-(a - b) / (2 * step) for a, b in zip(up, down, strict=True)]
+        values.grad = torch.tensor(change, dtype=torch.float64)
+        adam.step()
+        two.zero_grad()
+        total(values.detach()).backward()
+        two.step()
+        update = detente.step(net.closure, one, method)
+        got = torch.stack(list(update.weights.values()))
+        # the difference of losses of the size 1 over 2 e, about 1e-2, keeps 13 digits; Adam divides by its own size
+
+        torch.testing.assert_close(got, values.detach(), rtol=0, atol=1e-8)
+        assert not torch.equal(values.detach(), used)
+    assert len({round(v, 6) for v in values.tolist()}) > 1
+
+
+def test_an_error_during_the_virtual_step_leaves_the_parameters_where_they_were():
+    net = Watched()
+    start = snapshot(net)
+
+    def meta(tasks: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+        raise LookupError("no second batch")
+
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.3)
+    with pytest.raises(LookupError, match="no second batch"):
+        detente.step(net.closure, optimizer, detente.AutoLambda(meta=meta))
+    assert all(torch.equal(a, b) for a, b in zip(start, snapshot(net), strict=True))
+
+
+class Dropped(Net):
+    """With dropout in the trunk: every forward pass draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk.append(nn.Dropout(0.5))
+
+
+def test_famo_through_step_is_the_loop_with_after_step():
+    """The losses after the step are those of the same dropout masks; the generator goes on as if they had not been."""
+    net, twin = Dropped(), Dropped()
+    method, by_hand = detente.FAMO(lr=0.5), detente.FAMO(lr=0.5)
+    one, two = (torch.optim.Adam(n.parameters(), lr=0.05) for n in (net, twin))
+    torch.manual_seed(11)
+    for _ in range(5):
+        drawn = torch.get_rng_state()
+        update = detente.step(net.closure, one, method)
+        after_step = torch.get_rng_state()
+        torch.set_rng_state(drawn)
+        two.zero_grad()
+        wanted = detente.backward(twin.closure(), by_hand)
+        two.step()
+        after_loop = torch.get_rng_state()
+        torch.set_rng_state(drawn)
+        with torch.no_grad():
+            by_hand.after_step(twin.closure())
+        torch.set_rng_state(after_loop)
+        assert torch.equal(after_step, after_loop)
+        assert equal(net, twin)
+        assert all(torch.equal(update.weights[t], wanted.weights[t]) for t in TASKS)
+        assert plain(method.state_dict()) == plain(by_hand.state_dict())
+    assert float(torch.stack(list(update.weights.values())).std()) > 0
+
+
+def test_famo_leaves_its_history_when_a_step_is_not_finite():
+    net, method = Net(), detente.FAMO()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    detente.step(net.closure, optimizer, method)
+    before = plain(method.state_dict())
+    with pytest.raises(FloatingPointError):
+        detente.step(lambda tasks=None: {t: v * math.nan for t, v in net.closure(tasks).items()}, optimizer, method)
+    assert plain(method.state_dict()) == before
+
+
+class Probe(detente.GD):
+    """Looks at the session from inside."""
+
+    name = "probe"
+
+    def take_step(self, session):
+        self.first = {t: float(v.detach()) for t, v in session.losses().items()}
+        after = torch.get_rng_state()
+        self.again = session.values(), session.values()
+        self.left = torch.equal(torch.get_rng_state(), after)
+        torch.rand(3)  # draws in between do not matter
+        moved = torch.get_rng_state()
+        self.later = session.values()
+        self.left = self.left and torch.equal(torch.get_rng_state(), moved)
+        return super().take_step(session)
+
+
+def test_values_repeat_the_draw_of_the_forward_pass_and_leave_the_generator_alone():
+    net, probe = Dropped(), Probe()
+    torch.manual_seed(3)
+    detente.step(net.closure, torch.optim.SGD(net.parameters(), lr=0.1), probe)
+    assert probe.again == (probe.first, probe.first)
+    assert probe.later == probe.first
+    assert probe.left
+    assert {t: float(v.detach()) for t, v in net.closure().items()} != probe.first, "other masks, other parameters"
+
+
+def test_values_leave_the_generator_alone_when_the_closure_fails():
+    class Failing(detente.GD):
+        name = "failing"
+
+        def take_step(self, session):
+            session.losses()
+            net.broken = True
+            return session.values()
+
+    net = Dropped()
+    net.broken = False
+
+    def closure(tasks: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+        found = net.closure(tasks)
+        if net.broken:
+            raise LookupError("gone")
+        return found
+
+    torch.manual_seed(3)
+    net.closure()
+    wanted = torch.get_rng_state()
+    torch.manual_seed(3)
+    with pytest.raises(LookupError, match="gone"):
+        detente.step(closure, torch.optim.SGD(net.parameters(), lr=0.1), Failing())
+    assert torch.equal(torch.get_rng_state(), wanted)

@@ -289,7 +289,8 @@ def _projected(
     blocks, products = blocks.reshape(raw.shape) / scale**2, products.reshape(cross.shape) / scale**2
     if scale == 1.0:
         check_finite(dict(zip(tasks, losses, strict=True)))
-    context = Context(tasks, losses=losses, partition=partition)
+    sizes = tuple(buffer.shape[1] for buffer in jacobian.buffers)
+    context = Context(tasks, losses=losses, partition=partition, sizes=sizes)
     method.check(context)
     # no history, the weighting's included, sees a step that is not finite
     finite = bool(host.isfinite().all())
@@ -454,6 +455,8 @@ def aggregate(jacobian: Tensor, method: Method, losses: Sequence[float] | Tensor
         rows.write(t, [row])
     partition = method.partition(rows.parameters, context.tasks, "model")
     first = torch.ones(count, dtype=torch.float64)
+    context.sizes = tuple(buffer.shape[1] for buffer in rows.buffers)
+    method.check(context)
     if method.own_weighting is not None:
         need_losses(method.own_weighting, context)
         method.own_weighting.check(context)

@@ -97,6 +97,7 @@ class Context:
         partition: the blocks of a block-wise step, else None.
         alive: ``[B, T]`` bool array, the tasks that take part in each block: those with a gradient, or all where
             ``zero_rows="keep"``. Set for :meth:`GramianMethod.rule`.
+        sizes: columns of the buffers of task gradients, one per dtype and device; None where there are none.
         cross: ``[B, T, T]`` products ``J1 J2'`` of the gradients of two independent batches, where the method asked
             for several batches, else None.
         stats: what the method wants to report in :attr:`Update.stats`.
@@ -107,6 +108,7 @@ class Context:
     shares: Tensor | None = None
     partition: Partition | None = None
     alive: Array = None
+    sizes: tuple[int, ...] | None = None
     cross: Tensor | None = None
     stats: dict[str, Any] = field(default_factory=dict)
 
@@ -664,16 +666,22 @@ class TaskRows:
     def __init__(self) -> None:
         self.rows: dict[str, list[Tensor]] = {}
 
-    def read(self, task: str, like: Sequence[Tensor], what: str) -> list[Tensor]:
+    def check(self, context: Context, name: str) -> None:
+        """Raise where a task of the step has a vector of another length than its gradient."""
+        for task in context.tasks:
+            kept = self.rows.get(task)
+            if kept is not None and context.sizes is not None and tuple(map(len, kept)) != context.sizes:
+                raise ValueError(
+                    f"{name} keeps a vector of {sum(map(len, kept))} shared parameters for task {task!r}, and the step "
+                    f"has {sum(context.sizes)}. Keep the set of shared parameters (pass shared=...), or call "
+                    "method.reset()."
+                )
+
+    def read(self, task: str, like: Sequence[Tensor]) -> list[Tensor]:
         """The task's vector, zeros at first, on the devices of ``like`` (this step's gradient of the task)."""
         kept = self.rows.get(task)
         if kept is None:
             return [torch.zeros_like(part) for part in like]
-        if [len(part) for part in kept] != [len(part) for part in like]:
-            raise ValueError(
-                f"{what} keeps a vector of {sum(map(len, kept))} shared parameters for task {task!r}, and the step has "
-                f"{sum(map(len, like))}. Keep the set of shared parameters (pass shared=...), or call method.reset()."
-            )
         return [part.to(new.device, new.dtype) for part, new in zip(kept, like, strict=True)]
 
     def write(self, task: str, parts: Sequence[Tensor]) -> None:
@@ -730,6 +738,16 @@ class TaskScalars:
         for task, saved in state.items():
             self._add(task, saved["value"])
             self.optimizers[task].load_state_dict(copy.deepcopy(saved["adam"]))
+
+
+def fit_blocks(name: str, kept: Mapping[str, Tensor], tasks: Sequence[str], blocks: int | None) -> None:
+    """Raise where weights ``[B]`` kept per task are for another number of blocks than the step has."""
+    for task in tasks:
+        if blocks is not None and task in kept and len(kept[task]) != blocks:
+            raise ValueError(
+                f"{name} keeps weights of task {task!r} for {len(kept[task])} blocks and now gets {blocks}. "
+                "Keep granularity and shared parameters, or call method.reset()."
+            )
 
 
 def need_losses(method: Method, context: Context) -> None:

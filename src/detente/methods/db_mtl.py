@@ -83,9 +83,12 @@ class DBMTL(GramianMethod):
         self.smoothed = TaskRows()
         self.steps = 0
 
+    def check(self, context: Context) -> None:
+        self.smoothed.check(context, self.name)
+
     def transform(self, rows: Sequence[Tensor], context: Context) -> None:
         parts = [[buffer[i] for buffer in rows] for i in range(len(context.tasks))]  # views
-        before = [self.smoothed.read(task, new, self.name) for task, new in zip(context.tasks, parts, strict=True)]
+        before = [self.smoothed.read(task, new) for task, new in zip(context.tasks, parts, strict=True)]
         self.steps += 1
         keep = self.beta / self.steps**self.decay
         for i, task in enumerate(context.tasks):

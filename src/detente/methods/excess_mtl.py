@@ -79,10 +79,13 @@ class ExcessMTL(GramianMethod):
         self.first: dict[str, float] = {}
         self.shares: dict[str, float] = {}
 
+    def check(self, context: Context) -> None:
+        self.squares.check(context, self.name)
+
     def transform(self, rows: Sequence[Tensor], context: Context) -> None:
         wide = [buffer if buffer.dtype == torch.float64 else buffer.float() for buffer in rows]
         parts = [[buffer[i] for buffer in wide] for i in range(len(context.tasks))]
-        before = [self.squares.read(task, new, self.name) for task, new in zip(context.tasks, parts, strict=True)]
+        before = [self.squares.read(task, new) for task, new in zip(context.tasks, parts, strict=True)]
         excess = []
         for task, old, new in zip(context.tasks, before, parts, strict=True):
             seen = [s + g**2 for s, g in zip(old, new, strict=True)]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detente.method import Context, GramianMethod, Paper, TaskRows, at_least
+from detente.method import Context, GramianMethod, Paper, TaskRows, at_least, fit_blocks
 from detente.solvers import Array, on_simplex, times
 
 __all__ = ["MoCo"]
@@ -91,7 +91,7 @@ class MoCo(GramianMethod):
 
     def transform(self, rows: Sequence[Tensor], context: Context) -> None:
         parts = [[buffer[i] for buffer in rows] for i in range(len(context.tasks))]  # views
-        before = [self.tracked.read(task, new, self.name) for task, new in zip(context.tasks, parts, strict=True)]
+        before = [self.tracked.read(task, new) for task, new in zip(context.tasks, parts, strict=True)]
         self.steps += 1
         rate = self.beta / self.steps**self.decay
         for i, task in enumerate(context.tasks):
@@ -99,12 +99,16 @@ class MoCo(GramianMethod):
                 new.mul_(rate).add_(old, alpha=1 - rate)
             self.tracked.write(task, parts[i])
 
+    def check(self, context: Context) -> None:
+        self.tracked.check(context, self.name)
+        blocks = None if context.partition is None else context.partition.count
+        fit_blocks(self.name, self.shares, context.tasks, blocks)
+
     def rule(self, gramian: Array, context: Context) -> Array:
         rate = self.gamma / max(self.steps, 1) ** self.decay
         uniform = torch.full((len(gramian),), 1 / len(context.tasks), dtype=torch.float64)
+        fit_blocks(self.name, self.shares, context.tasks, len(gramian))
         kept = [self.shares.get(t, uniform) for t in context.tasks]
-        if any(len(share) != len(gramian) for share in kept):
-            raise ValueError("moco keeps weights for another number of blocks; keep the granularity, or reset().")
         before = on_simplex(np.stack([share.numpy() for share in kept], -1), context.alive)
         w = on_simplex(before - rate * (times(gramian, before) + self.rho * before), context.alive)
         self.shares |= {t: torch.from_numpy(w[:, i].copy()) for i, t in enumerate(context.tasks)}

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detente.method import Context, GramianMethod, Paper, at_least
+from detente.method import Context, GramianMethod, Paper, at_least, fit_blocks
 from detente.solvers import Array, on_simplex, times
 
 __all__ = ["MoDo"]
@@ -84,12 +84,15 @@ class MoDo(GramianMethod):
         super().start()
         self.shares: dict[str, Tensor] = {}
 
+    def check(self, context: Context) -> None:
+        blocks = None if context.partition is None else context.partition.count
+        fit_blocks(self.name, self.shares, context.tasks, blocks)
+
     def rule(self, gramian: Array, context: Context) -> Array:
         cross = gramian if context.cross is None else context.cross.numpy()
         uniform = torch.full((len(gramian),), 1 / len(context.tasks), dtype=torch.float64)
+        fit_blocks(self.name, self.shares, context.tasks, len(gramian))
         kept = [self.shares.get(t, uniform) for t in context.tasks]
-        if any(len(share) != len(gramian) for share in kept):
-            raise ValueError("modo keeps weights for another number of blocks; keep the granularity, or reset().")
         before = on_simplex(np.stack([share.numpy() for share in kept], -1), context.alive)
         w = on_simplex(before - self.gamma * (times(cross, before) + self.rho * before), context.alive)
         self.shares |= {t: torch.from_numpy(w[:, i].copy()) for i, t in enumerate(context.tasks)}

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detente.method import Context, GramianMethod, Paper, TaskWeights, Weights, at_least
+from detente.method import Context, GramianMethod, Paper, TaskWeights, Weights, at_least, fit_blocks
 from detente.solvers import Array, diagonal, least, like, namespace, normalised, on_simplex, simplex_qp, times, unit
 
 __all__ = ["SDMGrad"]
@@ -97,6 +97,8 @@ class SDMGrad(GramianMethod):
 
     def check(self, context: Context) -> None:
         self.preference.check(context)
+        blocks = None if context.partition is None else context.partition.count
+        fit_blocks(self.name, self.kept, context.tasks, blocks)
 
     def prepare(self, context: Context) -> Context:
         return replace(context, shares=self.preference(context))
