@@ -313,9 +313,9 @@ def _projected(
         id(p): (p, update) for p, update in zip(found.shared, finish(updates), strict=True)
     }
     # a task that is left out for its zero trunk gradient still trains its head
-    dropped = [row.tasks[0] for row in rows if tasks[row.tasks[0]] in context.stats.get("dropped", ())]
+    left_out = ~((blocks.diagonal(dim1=1, dim2=2) > 0).any(0) | (weights != 0).any(0))
     for p, r, gradient in heads:
-        weighted = method.heads == "weighted" and rows[r].tasks[0] not in dropped
+        weighted = method.heads == "weighted" and not bool(left_out[r])
         factor = float(weights[0, r] if weighted else first[r])
         scaled = gradient if factor == 1 else gradient * factor
         gradients[id(p)] = (p, gradients[id(p)][1] + scaled if id(p) in gradients else scaled)
@@ -325,7 +325,7 @@ def _projected(
     stats: dict[str, Any] = {
         "backwards": 1 if source == "features" else len(rows) * (1 + len(others)),
         "conflicts": int((total.triu(1) < 0).sum()),
-        "dropped": [],
+        "dropped": [t for t, out in zip(context.tasks, left_out.tolist(), strict=True) if out],
         **context.stats,
     }
     if len(rows) < len(tasks):

@@ -4,7 +4,8 @@ All work on the Gramian divided by the gradients' norms (the cosines), so that n
 gradient, and all take ``[B, T, T]`` arrays of NumPy or of PyTorch. NumPy, whose calls cost a third of PyTorch's on such
 tiny problems, is what runs on the host: loops end as soon as every block meets its tolerance, and a block that a fast
 pivoting scheme cannot certify goes through a slower one that copes with every degeneracy. PyTorch tensors stay on
-their device: a fixed number of iterations, nothing that waits for the host, and a flag for blocks left uncertified.
+their device: a fixed number of iterations, no decision that waits for the host (on CUDA, PyTorch's own ``eigh`` and
+``pinv`` behind :func:`equal_products` and :func:`spectrum` do), and a flag for blocks left uncertified.
 
 Optimality is checked, not assumed: a solution counts as exact when its KKT conditions hold up to rounding.
 """
@@ -43,6 +44,8 @@ __all__ = [
     "normalised",
     "on_simplex",
     "projected",
+    "real",
+    "restricted",
     "simplex_qp",
     "spectrum",
     "times",
@@ -83,6 +86,11 @@ def identity(reference: Array) -> Array:
 @cache
 def _eye(count: int) -> NDArray[np.bool_]:
     return np.eye(count, dtype=bool)
+
+
+def real(mask: Array) -> Array:
+    """A bool array as float64 zeros and ones (PyTorch's own arithmetic on bools ends in the default type)."""
+    return mask.double() if isinstance(mask, Tensor) else mask * 1.0
 
 
 def flip(array: Array) -> Array:
@@ -158,11 +166,18 @@ def unit(gramian: Array) -> tuple[Array, Array]:
     return norms, xp.where(identity(gramian), 1.0, xp.clip(cosine, -1.0, 1.0))
 
 
+def restricted(gramian: Array, alive: Array) -> Array:
+    """The Gramian with zero rows for tasks that do not take part."""
+    if _finished(alive):
+        return gramian
+    return namespace(gramian).where(alive[..., :, None] & alive[..., None, :], gramian, 0.0)
+
+
 def normalised(weights: Array, alive: Array) -> Array:
     """Weights ``[B, T]`` of the living tasks divided by their sum; equal where they are all zero."""
     xp = namespace(weights)
     kept = xp.where(alive, weights, 0.0)
-    kept = xp.where(total(kept) > 0, kept, alive * 1.0)
+    kept = xp.where(total(kept) > 0, kept, real(alive))
     return kept / floor(total(kept), EPS**8)
 
 
@@ -225,7 +240,7 @@ def _masked(cosine: Array, right: Array, free: Array) -> Array:
                 :, None, None
             ]
     # a tiny addition makes duplicates solvable (they share equally); one refinement takes its effect on others out
-    raised = matrix + 16 * EPS * free.shape[-1] * singular * identity(free)
+    raised = matrix + 16 * EPS * free.shape[-1] * singular * real(identity(free))
     first = _linear(raised, wanted)
     return first + _linear(raised, wanted - matrix @ first)
 
@@ -257,7 +272,7 @@ def _pivot(free: Array, evaluate: Callable[[Any, Array], _Trial], cap: int) -> t
                 break
             if not bad.all():
                 rows, free, wrong, fewest, patience = rows[bad], free[bad], wrong[bad], fewest[bad], patience[bad]
-        count = wrong.sum(-1) * 1.0
+        count = real(wrong).sum(-1)
         better = count < fewest
         patience = xp.where(better, 3.0, patience - 1)
         fewest = xp.where(better, count, fewest)
@@ -332,8 +347,8 @@ def cone(cosine: Array, target: Array) -> Cone:
         y, solved = _pivot(_guess(cosine, target), evaluate, _cap(count))
     noise = noise_of(y, size)
     residual = xp.where(y > 0, xp.abs(times(cosine, y) - target), 0.0)
-    # a solution so long that rounding drowns the target is a ray in disguise
-    sure = most(noise) <= 0.1 * most(size)
+    # a solution so long that its rounding is seen beside the target may be a ray in disguise
+    sure = (most(noise) <= 1e-3 * most(size)) & (most(residual) <= 1e-9 * most(size))
     fine = solved & ~any_of((residual > noise) | (y < 0)) & sure
     if _finished(fine):
         return Cone(_even(cosine, target, y), fine, fine)
@@ -371,7 +386,7 @@ def _even(cosine: Array, target: Array, y: Array) -> Array:
     if _finished(copies == identity(cosine)):
         return y
     close = xp.abs(target[..., :, None] - target[..., None, :]) <= 1e-10 * xp.abs(target[..., :, None])
-    same = (copies & close | identity(cosine)) * 1.0
+    same = real(copies & close | identity(cosine))
     return times(same, y / same.sum(-2))
 
 
@@ -475,6 +490,7 @@ def min_norm(gramian: Array, alive: Array) -> tuple[Array, Array]:
         The weights, and whether each block is exact. The shortest vector is ``J.T @ weights``.
     """
     xp = namespace(gramian)
+    gramian = restricted(gramian, alive)
     square = diagonal(gramian)
     norms, cosine = unit(gramian)
     zero = alive & (square <= 0)
@@ -488,7 +504,7 @@ def min_norm(gramian: Array, alive: Array) -> tuple[Array, Array]:
         inverse = xp.where(xp.isfinite(shortest), shortest, 1.0) / norms
         solution = cone(cosine, xp.where(alive, inverse, -1.0))
         weights, exact = normalised(solution.y * inverse, alive), solution.exact
-    return xp.where(any_of(zero)[..., None], normalised(zero * 1.0, zero), weights), exact
+    return xp.where(any_of(zero)[..., None], normalised(real(zero), zero), weights), exact
 
 
 def simplex_qp(cosine: Array, linear: Array, shares: Array) -> tuple[Array, Array]:
@@ -575,8 +591,9 @@ def projected(gramian: Array, points: Array, alive: Array) -> tuple[Array, Array
     """
     xp = namespace(gramian)
     blocks, number, count = points.shape
-    norms, cosine = unit(gramian)
-    along = (points @ gramian) / norms[:, None, :]
+    along = points @ gramian
+    norms, cosine = unit(restricted(gramian, alive))
+    along = along / norms[:, None, :]
     target = xp.where(alive[:, None, :], -along, -1.0).reshape(blocks * number, count)
     many = cosine if blocks == 1 else xp.broadcast_to(cosine[:, None], (blocks, number, count, count))
     solution = cone(many if blocks == 1 else many.reshape(-1, count, count), target)
@@ -605,7 +622,7 @@ def ball(gramian: Array, pull: Array, radius: Array, alive: Array) -> tuple[Arra
     xp = namespace(gramian)
     count = gramian.shape[-1]
     moving = alive & (diagonal(gramian) > 0)
-    norms, cosine = unit(gramian)
+    norms, cosine = unit(restricted(gramian, alive))
     size = xp.where(radius > 0, radius, 1.0)[:, None]
     along, ceiling = pull / norms / size, xp.full_like(radius, math.inf)  # in units of the radius, on unit gradients
     if _finished(moving):
@@ -763,7 +780,7 @@ def bargain(cosine: Array, rate: Array, power: float, alive: Array) -> tuple[Arr
         start = alone * xp.clip(length, 1e-4, 1e4)[:, None]
         y, exact, sure = _newton(matrix, rate, power, start, 0.0)
         if not _finished(sure):
-            stationary = ~cone(matrix, xp.where(alive, 1.0, -1.0)).bounded & ~sure
+            stationary = ~cone(matrix, 2 * real(alive) - 1).bounded & ~sure
             if not _finished(~stationary):
                 ridge = 1e-14
                 again = _newton(matrix, rate, power, start, ridge)[0]
@@ -778,7 +795,7 @@ def _newton(matrix: Array, rate: Array, power: float, start: Array, ridge: float
     """``y``, whether the equation holds up to rounding, and whether rounding is small beside its terms."""
     xp = namespace(matrix)
     count = start.shape[-1]
-    eye = identity(matrix) * 1.0
+    eye = real(identity(matrix))
     if ridge:
         matrix = matrix + ridge * eye
     y = start
@@ -822,7 +839,7 @@ def equal_products(cosine: Array, alive: Array) -> Array:
     xp = namespace(cosine)
     values, vectors = _eigh(xp.where(alive[:, :, None] & alive[:, None, :], cosine, 0.0))
     kept = values > 8 * EPS * cosine.shape[-1] * floor(most(values), 1.0)[..., None]
-    inside = times(xp.swapaxes(vectors, -1, -2), alive * 1.0)
+    inside = times(xp.swapaxes(vectors, -1, -2), real(alive))
     return times(vectors, xp.where(kept, inside / xp.where(kept, values, 1.0), 0.0))
 
 
@@ -890,7 +907,7 @@ def _jacobi(gramian: Array) -> Spectrum:
         usable = most(score)[:, None] > 0
         at = xp.argmax(score, -1)[:, None] == place
         pivot = xp.where(usable, total(xp.where(at, left, 0.0)), 1.0)
-        column = xp.where(usable, times(rest, at * 1.0) / xp.sqrt(pivot), 0.0)
+        column = xp.where(usable, times(rest, real(at)) / xp.sqrt(pivot), 0.0)
         columns.append(column)
         rest = rest - column[:, :, None] * column[:, None, :]
         rest = xp.where(usable[:, :, None] & (at[:, :, None] | at[:, None, :]), 0.0, rest)
@@ -908,7 +925,7 @@ def _orthogonalised(factor: Array) -> tuple[Array, Array]:
     """``factor @ turns`` with orthogonal columns, and the rotations; T / 2 disjoint pairs of columns at a time."""
     xp = namespace(factor)
     count = factor.shape[-1]
-    turns = xp.zeros_like(factor) + identity(factor)
+    turns = xp.zeros_like(factor) + real(identity(factor))
     if count == 1:
         return factor, turns
     even = count + count % 2
@@ -933,7 +950,7 @@ def _orthogonalised(factor: Array) -> tuple[Array, Array]:
             root = xp.where(
                 xp.abs(zeta) > 1e150, 2 * xp.abs(zeta), xp.abs(zeta) + xp.sqrt(1 + xp.clip(zeta, -1e150, 1e150) ** 2)
             )
-            t = xp.where(zeta >= 0, 1.0, -1.0) / root
+            t = (2 * real(zeta >= 0) - 1) / root
             t = xp.where(turn, t, 0.0)
             cos = 1 / xp.sqrt(1 + t * t)
             sin = cos * t

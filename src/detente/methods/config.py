@@ -6,7 +6,7 @@ import math
 from typing import Literal
 
 from detente.method import Context, GramianMethod, Paper, one_of
-from detente.solvers import Array, equal_products, floor, least, most, namespace, times, total, unit
+from detente.solvers import Array, any_of, equal_products, floor, least, most, namespace, real, times, total, unit
 
 __all__ = ["ConFIG"]
 
@@ -76,13 +76,13 @@ class ConFIG(GramianMethod):
 
     def _length(self, sizes: Array, alive: Array) -> Array:
         xp = namespace(sizes)
-        number = floor(total(alive * 1.0), 1.0)
+        number = floor(total(real(alive)), 1.0)
         if self.length == "min":
-            return xp.where(total(alive * 1.0) > 0, least(xp.where(alive, sizes, math.inf))[:, None], 0.0)
+            return xp.where(any_of(alive)[:, None], least(xp.where(alive, sizes, math.inf))[:, None], 0.0)
         if self.length == "max":
             return most(xp.where(alive, sizes, 0.0))[:, None]
         if self.length == "mean":
             return total(xp.where(alive, sizes, 0.0)) / number
-        zero = total((alive & (sizes <= 0)) * 1.0) > 0
+        zero = any_of(alive & (sizes <= 0))[:, None]
         inverse = total(xp.where(alive & (sizes > 0), 1 / xp.where(sizes > 0, sizes, 1.0), 0.0))
         return xp.where(zero | (inverse <= 0), 0.0, number / xp.where(inverse > 0, inverse, 1.0))

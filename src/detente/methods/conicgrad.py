@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Literal
 
 from detente.method import Context, GramianMethod, Paper, TaskWeights, Weights, at_least
-from detente.solvers import Array, ball, floor, identity, like, min_norm, namespace, normalised, times
+from detente.solvers import Array, ball, floor, identity, like, min_norm, namespace, normalised, real, times
 
 __all__ = ["ConicGrad"]
 
@@ -96,7 +96,9 @@ class ConicGrad(GramianMethod):
         direct = shortest * (length / xp.where(reach > 0, reach, 1.0))
 
         # each gradient without its component along the centre, from coefficients: small rows keep their digits
-        off = identity(gramian) - product[:, :, None] * centre[:, None, :] / xp.where(some, square, 1.0)[:, :, None]
+        off = (
+            real(identity(gramian)) - product[:, :, None] * centre[:, None, :] / xp.where(some, square, 1.0)[:, :, None]
+        )
         across = off @ gramian @ xp.swapaxes(off, -1, -2)
         width = math.sqrt(1 - self.c**2)
         x = self.solved(ball(across, self.c * product / length, xp.full_like(length[:, 0], width), alive), context)

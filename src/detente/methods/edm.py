@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from detente.method import Context, GramianMethod, Paper
-from detente.solvers import Array, any_of, cone, diagonal, flip, least, namespace, normalised, unit
+from detente.solvers import Array, any_of, cone, diagonal, flip, least, namespace, normalised, real, unit
 
 __all__ = ["EDM", "equiangular"]
 
@@ -19,11 +19,11 @@ def equiangular(gramian: Array, alive: Array) -> tuple[Array, Array]:
         weights = normalised(flip(norms), alive)
         exact = weights[:, 0] >= 0
     else:
-        solution = cone(cosine, xp.where(alive, 1.0, -1.0))
+        solution = cone(cosine, 2 * real(alive) - 1)
         shortest = least(xp.where(alive, norms, math.inf))[:, None]
         inverse = xp.where(alive, xp.where(alive, shortest, 1.0) / norms, 0.0)
         weights, exact = normalised(solution.y * inverse, alive), solution.exact
-    return xp.where(any_of(zero)[:, None], normalised(zero * 1.0, zero), weights), exact
+    return xp.where(any_of(zero)[:, None], normalised(real(zero), zero), weights), exact
 
 
 class EDM(GramianMethod):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from detente.method import Context, GramianMethod, Paper
-from detente.solvers import Array, diagonal, namespace, spectrum, times, unit
+from detente.solvers import Array, diagonal, namespace, real, spectrum, times, unit
 
 __all__ = ["GDOD"]
 
@@ -56,5 +56,5 @@ class GDOD(GramianMethod):
         cosine = component / norms[:, :, None]
         up, down = (cosine > 1e-10).any(-2), (cosine < -1e-10).any(-2)
         shared = parts.kept & ~(up & down)
-        alive = (context.alive & (diagonal(gramian) > 0)) * 1.0
+        alive = real(context.alive & (diagonal(gramian) > 0))
         return times(parts.back, xp.where(shared, times(xp.swapaxes(component, -1, -2), alive), 0.0))

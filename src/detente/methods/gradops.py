@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from detente.method import Context, GramianMethod, Paper
-from detente.solvers import EPS, Array, diagonal, identity, most, namespace, unit
+from detente.solvers import EPS, Array, diagonal, identity, most, namespace, real, unit
 
 __all__ = ["GradOPS"]
 
@@ -62,6 +62,6 @@ class GradOPS(GramianMethod):
         loose = (xp.where(kept, 0.0, 1.0)[:, None, :] * vectors**2).sum(-1) > 1e-10
         left = xp.where(loose[:, :, None], 0.0, left)
         conflicting = (cosine < -8 * EPS).any(-1)
-        rows = xp.where(conflicting[:, :, None], left, identity(cosine) * 1.0)
+        rows = xp.where(conflicting[:, :, None], left, real(identity(cosine)))
         rows = rows * (context.alive & (diagonal(gramian) > 0))[:, :, None]
         return (norms[:, None, :] @ rows)[:, 0] / norms

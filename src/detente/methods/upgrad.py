@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Literal
 
 from detente.method import Context, GramianMethod, Paper, TaskWeights, Weights
-from detente.solvers import Array, identity, like, namespace, normalised, projected
+from detente.solvers import Array, identity, like, namespace, normalised, projected, real
 
 __all__ = ["PAPER", "UPGrad"]
 
@@ -81,6 +81,6 @@ class UPGrad(GramianMethod):
     def combine(self, gramian: Array, shares: Array, context: Context) -> Array:
         """The projections of all gradients, averaged."""
         xp = namespace(gramian)
-        each = xp.broadcast_to(identity(gramian) * 1.0, gramian.shape)
+        each = xp.broadcast_to(real(identity(gramian)), gramian.shape)
         every = self.solved(projected(gramian, each, context.alive), context)
         return (shares[:, None, :] @ every)[:, 0]
