@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import detente
+
 ROOT = Path(__file__).parents[1]
 EXPECTED = {"README.md": 2, "docs/architectures.md": 6}  # at least so many blocks
 BLOCKS = [
@@ -37,6 +39,19 @@ def test_linked_files_exist(document):
     for target in re.findall(r"\]\(([^)#]+)\)", prose):
         if not target.startswith("http"):
             assert (ROOT / document).parent.joinpath(target).exists(), target
+
+
+@pytest.mark.parametrize("name", detente.list_methods())
+def test_every_method_has_a_page_with_its_formula(name):
+    page = (ROOT / f"docs/methods/{name}.md").read_text()
+    cls = type(detente.get_method(name)) if name != "connection_strength" else detente.ConnectionStrength
+    assert page.startswith(f"# {cls.__name__}\n")
+    assert cls.paper.bibtex() in page
+    assert "## Example" in page
+    assert page.count("```") % 2 == 0
+    # a formula of its own: a block of text, or a definition in the prose
+    assert "```text" in page or re.search(r"`[^`]*(=|argmin|<=)[^`]*`", page)
+    assert f"methods/{name}.md" in (ROOT / "docs/methods.md").read_text()
 
 
 def test_generated_files_are_fresh():

@@ -592,8 +592,7 @@ class TaskWeights(nn.Module):
             values = self.fixed if isinstance(self.fixed, list) else [self.fixed[t] for t in context.tasks]
             raw = torch.tensor(values, dtype=torch.float64)
         else:
-            count = len(context.tasks)
-            return torch.full((count,), 1 / count if self.distribution else 1.0, dtype=torch.float64)
+            return _uniform(len(context.tasks), 1 / len(context.tasks) if self.distribution else 1.0)
         return normalized(raw) if self.distribution else raw
 
     def next_epoch(self) -> None:
@@ -605,6 +604,11 @@ class TaskWeights(nn.Module):
         """Forget the history of the loss weighting."""
         if self.source is not None:
             self.source.reset()
+
+
+@cache
+def _uniform(count: int, value: float) -> Tensor:
+    return torch.full((count,), value, dtype=torch.float64)
 
 
 def normalized(weights: Tensor) -> Tensor:

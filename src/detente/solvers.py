@@ -176,6 +176,8 @@ def restricted(gramian: Array, alive: Array) -> Array:
 def normalised(weights: Array, alive: Array) -> Array:
     """Weights ``[B, T]`` of the living tasks divided by their sum; equal where they are all zero."""
     xp = namespace(weights)
+    if _finished(alive) and _finished(weights.sum(-1) > 0):
+        return xp.broadcast_to(weights / total(weights), alive.shape)
     kept = xp.where(alive, weights, 0.0)
     kept = xp.where(total(kept) > 0, kept, real(alive))
     return kept / floor(total(kept), EPS**8)
@@ -635,9 +637,6 @@ def ball(gramian: Array, pull: Array, radius: Array, alive: Array) -> tuple[Arra
         ceiling = least(xp.where(alive & ~moving, pull / shortest / size, math.inf))
         along = xp.where(moving, along, 1e300)
 
-    def noise_of(y: Array, rows: Any, level: Array) -> Array:  # cosines are at most 1
-        return 8 * EPS * count * (xp.abs(along[rows]) + xp.abs(level) * inverse[rows] + total(xp.abs(y)))
-
     def evaluate(rows: Any, free: Array) -> _Trial:
         matrix, inv, p = cosine[rows], inverse[rows], along[rows]
         if not _finished(any_of(free)):
@@ -650,22 +649,21 @@ def ball(gramian: Array, pull: Array, radius: Array, alive: Array) -> tuple[Arra
         rest = total((free * p - base * inv) * (g - base * a))
         root = base + xp.sqrt(floor(1 - rest, 0.0) / slope)
         y = root * a - g
-        return _Trial(y, times(matrix, y) + p - root * inv, noise_of(y, rows, root))
+        reach = root * inv
+        noise = 8 * EPS * count * (xp.abs(p) + xp.abs(reach) + total(xp.abs(y)))  # cosines are at most 1
+        return _Trial(y, times(matrix, y) + p - reach, noise)
 
     with np.errstate(all="ignore"):  # a bad guess may overflow; what counts is checked below
         # everyone who would be behind if the worst-off task alone were helped
         reach = least((along + 1) / inverse)[:, None]
         y, solved = _pivot(along <= inverse * reach, evaluate, 8 if xp is np else _cap(count))
-        product = times(cosine, y)
-        reached = product + xp.where(inverse > 0, along, 0.0)
-        level = total(y * reached) / total(y * inverse)
-        noise = 4 * noise_of(y, slice(None), level)
-        lag = level * inverse - reached
-        wrong = xp.where(y > 0, xp.abs(lag), lag) > noise
-        length = (y * product).sum(-1)
+        length = (y * times(cosine, y)).sum(-1)
         # where huge coefficients cancel, rounding passes for length
         sure = (32 * EPS * count) * xp.abs(y).sum(-1) ** 2 <= 1e-9
-        exact = solved & ~any_of(wrong | (y < 0)) & (xp.abs(length - 1) <= 1e-9) & sure & (level[:, 0] <= ceiling)
+        exact = solved & (xp.abs(length - 1) <= 1e-9) & sure
+        if not _finished(ceiling == math.inf):
+            level = (y * (times(cosine, y) + xp.where(inverse > 0, along, 0.0))).sum(-1) / (y * inverse).sum(-1)
+            exact = exact & (level <= ceiling)
     done = any_of(moving) & (radius > 0)
     if isinstance(y, Tensor):
         # the cases that the host treats one by one: a level that is bounded by the hull or by a zero row

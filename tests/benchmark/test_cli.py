@@ -76,6 +76,20 @@ def test_methods_lists_every_method_with_what_it_does():
     words = outcome.out.split()
     assert all(name in words for name in detente.list_methods())
     assert "losses" in words  # what some of them need
+    for heading in ("paper", "kind", "needs", "backward passes", "extra state", "properties"):
+        assert all(part in outcome.out for part in heading.split())
+    assert max(map(len, outcome.out.splitlines())) <= 120
+
+
+def test_methods_explains_one():
+    outcome = run("methods", "Nash-MTL")
+    assert outcome.code == 0
+    assert "Navon et al. 2022" in outcome.out
+    assert "G a = 1 / a" in outcome.out  # its formula
+    assert "@inproceedings{navon2022multi" in outcome.out
+    wrong = run("methods", "nsah_mtl")
+    assert wrong.code == 2
+    assert "Did you mean 'nash_mtl'" in wrong.err
 
 
 def test_problems_lists_the_built_in_ones():

@@ -432,3 +432,37 @@ def test_a_batch_larger_than_the_training_split_is_an_error_not_a_run_without_st
     outcome = compare(tmp_path / "out", TINY, "gd", 1, "--batch-size", "49")
     assert outcome.code in (1, 2)
     assert "batch_size" in tidy(outcome)  # not the --batch-size of the repeated command
+
+
+def test_a_run_that_diverges_is_reported_and_never_dropped(tmp_path):
+    """Its row is there, says where it stopped, and the other methods are compared as usual; a resumed run keeps it."""
+    out, problem = tmp_path / "out", tmp_path / "descent.py"
+    descent = (
+        "\n\ndef make_optimizer(model, settings):\n    return torch.optim.SGD(model.parameters(), lr=settings['lr'])\n"
+    )
+    problem.write_text(TINY.read_text() + descent)
+    for _ in range(2):
+        methods = "famo,auto_lambda,gd(weights=[1e9, 1e9])"  # the losses overflow within a few steps
+        outcome = compare(out, problem, methods, 3, "--epochs", "2")
+        assert outcome.code == 0, outcome.out
+        assert "diverged" in outcome.out
+        assert "seed 0 in epoch" in outcome.out
+    rows = (out / "results.csv").read_text()
+    assert all(name in rows for name in ("famo", "auto_lambda", "gd(weights="))
+    found = [json.loads(path.read_text()) for path in out.glob("runs/gd(weights*/seed-*/result.json")]
+    assert len(found) == 3
+    assert all(result["diverged"]["epoch"] == 1 for result in found)
+    assert all(value is None for result in found for task in result["metrics"].values() for value in task.values())
+    assert "is nan" in found[0]["diverged"]["reason"] or "is inf" in found[0]["diverged"]["reason"]
+
+
+def test_losses_are_logged_once_a_step_whatever_the_method_computes(tmp_path):
+    """Auto-Lambda computes the losses five times, FAMO twice; the logged mean is that of the first time."""
+    out = tmp_path / "out"
+    assert compare(out, TINY, "famo,auto_lambda", 1, "--epochs", "1", "--lr", "1e-9").code == 0
+    logged = [
+        json.loads((out / f"runs/{name}/seed-0/result.json").read_text())["history"][0]["loss"]
+        for name in ("gd", "famo", "auto_lambda")
+    ]
+    for losses in logged[1:]:  # nothing learns at this rate; dropout draws differ where a method looks ahead
+        assert all(abs(losses[task] / logged[0][task] - 1) < 0.2 for task in losses)
