@@ -212,6 +212,8 @@ class Method(nn.Module, ABC):
     """It looks at single parameters, or keeps something for each: gradients of features will not do."""
     requires_step: bool = False
     """True where one backward pass cannot do what the method needs: use :func:`detente.step`."""
+    without_step: ClassVar[str] = ""
+    """What would do without :func:`detente.step`, for the error message."""
     batches: int = 1
     """Independent batches per step; with more than one :func:`detente.step` calls the closure that often."""
 
@@ -223,9 +225,6 @@ class Method(nn.Module, ABC):
         for child in self.children():
             if isinstance(child, Method | TaskWeights):
                 child.next_epoch()
-
-    without_step: ClassVar[str] = ""
-    """What would do without :func:`detente.step`, for the error message."""
 
     def why_step(self) -> str:
         """Why :attr:`requires_step`, for the error message."""
@@ -319,7 +318,8 @@ class GramianMethod(Method):
     themselves also implement :meth:`transform`, which rewrites the rows of J before their Gramian is taken.
 
     The rule runs on the host, on NumPy arrays, whatever the device of the gradients: one small transfer each way. A
-    method without history that was moved, as in ``method.to("cuda")``, runs there instead and never waits for the host.
+    method without history that was moved, as in ``method.to("cuda")``, runs on Gramians that lie on a device where they
+    are, without a decision that waits for the host.
     """
 
     kind: ClassVar[str] = "gramian"
