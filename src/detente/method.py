@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from detente.gramian import Partition
-from detente.solvers import Array
+from detente.solvers import Array, floor, like, normalised, real, total
 
 __all__ = [
+    "Centred",
     "Context",
     "EpochWeighting",
     "GramianMethod",
@@ -561,6 +562,11 @@ class TaskWeights(nn.Module):
                 )
 
     @property
+    def equal(self) -> bool:
+        """Whether all tasks weigh the same in every step."""
+        return self.source is None and self.fixed is None
+
+    @property
     def needs(self) -> frozenset[str]:
         """What the weights are computed from."""
         return self.source.needs if self.source else frozenset()
@@ -606,6 +612,39 @@ class TaskWeights(nn.Module):
             self.source.reset()
 
 
+class Centred(GramianMethod):
+    """A rule around a mean of the gradients, in which the user may prefer some tasks.
+
+    Args:
+        preference: weights of the tasks in the mean: None for equal, a vector or mapping that sums to 1, or a loss
+            weighting such as :class:`DWA`.
+        zero_rows, heads: as in :class:`GramianMethod`.
+    """
+
+    def __init__(
+        self, preference: Weights = None, *, zero_rows: Literal["drop", "keep"] = "drop", heads: str | None = None
+    ) -> None:
+        super().__init__(zero_rows=zero_rows, heads=heads)
+        self.preference = TaskWeights("preference", preference)
+        self.needs = self.needs | self.preference.needs
+
+    def check(self, context: Context) -> None:
+        if context.shares is None:
+            self.preference.check(context)
+
+    def prepare(self, context: Context) -> Context:
+        if context.shares is not None or self.preference.equal:
+            return context
+        return replace(context, shares=self.preference(context))
+
+    def centre(self, gramian: Array, context: Context) -> Array:
+        """``[B, T]`` weights of the mean, over the tasks that take part."""
+        if context.shares is None:
+            counted = real(context.alive)
+            return counted / floor(total(counted), 1.0)
+        return normalised(like(gramian, context.shares), context.alive)
+
+
 @cache
 def _uniform(count: int, value: float) -> Tensor:
     return torch.full((count,), value, dtype=torch.float64)
@@ -644,8 +683,8 @@ class TaskHistory:
 
     def close(self) -> None:
         """End the running epoch: its mean becomes the newest entry of every task seen in it."""
-        for task, (total, count) in self.open.items():
-            self.closed[task] = [*self.closed.get(task, []), total / count][-self.depth :]
+        for task, (summed, count) in self.open.items():
+            self.closed[task] = [*self.closed.get(task, []), summed / count][-self.depth :]
         self.open, self.steps = {}, 0
 
     def past(self, task: str) -> list[float]:

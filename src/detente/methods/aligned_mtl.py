@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from detente.method import Context, GramianMethod, Paper, TaskWeights, Weights, one_of
-from detente.solvers import Array, least, like, namespace, normalised, spectrum, times
+from detente.method import Centred, Context, Paper, Weights, one_of
+from detente.solvers import Array, least, namespace, spectrum, times
 
 __all__ = ["AlignedMTL"]
 
 
-class AlignedMTL(GramianMethod):
+class AlignedMTL(Centred):
     """Aligned-MTL: the gradients' principal components, all brought to one length, then summed.
 
     Senushkin et al. (2023). ::
@@ -66,21 +65,13 @@ class AlignedMTL(GramianMethod):
         zero_rows: Literal["drop", "keep"] = "drop",
         heads: Literal["own", "weighted"] | None = None,
     ) -> None:
-        super().__init__(zero_rows=zero_rows, heads=heads)
+        super().__init__(preference, zero_rows=zero_rows, heads=heads)
         self.scale = one_of("scale", scale, ("min", "median", "rmse"))
-        self.preference = TaskWeights("preference", preference)
-        self.needs = self.needs | self.preference.needs
-
-    def check(self, context: Context) -> None:
-        self.preference.check(context)
-
-    def prepare(self, context: Context) -> Context:
-        return replace(context, shares=self.preference(context))
 
     def rule(self, gramian: Array, context: Context) -> Array:
         xp = namespace(gramian)
         number = context.alive.sum(-1)[:, None]
-        wanted = normalised(like(gramian, context.shares), context.alive) * number
+        wanted = self.centre(gramian, context) * number
         parts = spectrum(gramian)
         length = self._length(xp.where(parts.kept, parts.lengths, math.inf), parts.kept)
         return times(parts.back, length * times(xp.swapaxes(parts.left, -1, -2), wanted))

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 from torch import Tensor
 
-from detente.method import Context, GramianMethod, Paper, TaskWeights, Weights, at_least
-from detente.solvers import Array, ball, floor, like, namespace, normalised, times
+from detente.method import Centred, Context, Paper, Weights, at_least
+from detente.solvers import Array, ball, floor, namespace, times
 
 __all__ = ["CAGrad"]
 
 
-class CAGrad(GramianMethod):
+class CAGrad(Centred):
     """CAGrad: the best improvement of the worst-off task within a ball around the mean gradient.
 
     Maximises ``min_i g_i . d`` subject to ``||d - g0|| <= c ||g0||`` (Liu et al. 2021, Eq. 3), with ``g0`` the mean
@@ -74,29 +73,20 @@ class CAGrad(GramianMethod):
         zero_rows: Literal["drop", "keep"] = "drop",
         heads: Literal["own", "weighted"] | None = None,
     ) -> None:
-        super().__init__(zero_rows=zero_rows, heads=heads)
+        super().__init__(preference, zero_rows=zero_rows, heads=heads)
         self.c = at_least("c", c, 0)
         if rescale not in (None, 1, 2):
             raise ValueError(f"rescale must be None, 1 or 2; got {rescale!r}.")
         self.rescale = rescale
-        self.preference = TaskWeights("preference", preference)
-        self.needs = self.needs | self.preference.needs
-
-    def check(self, context: Context) -> None:
-        if context.shares is None:
-            self.preference.check(context)
 
     def sampling_shares(self, context: Context) -> Tensor:
         self.preference.check(context)
         shares: Tensor = self.preference(context)
         return shares
 
-    def prepare(self, context: Context) -> Context:
-        return context if context.shares is not None else replace(context, shares=self.preference(context))
-
     def rule(self, gramian: Array, context: Context) -> Array:
         xp = namespace(gramian)
-        centre = normalised(like(gramian, context.shares), context.alive)
+        centre = self.centre(gramian, context)
         product = times(gramian, centre)
         radius = self.c * xp.sqrt(floor((centre * product).sum(-1), 0.0))
         step = self.solved(ball(gramian, product, radius, context.alive), context)

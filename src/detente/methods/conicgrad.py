@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Literal
 
-from detente.method import Context, GramianMethod, Paper, TaskWeights, Weights, at_least
-from detente.solvers import Array, ball, floor, identity, like, min_norm, namespace, normalised, real, times
+from detente.method import Centred, Context, Paper, Weights, at_least
+from detente.solvers import Array, ball, floor, identity, min_norm, namespace, real, times
 
 __all__ = ["ConicGrad"]
 
 
-class ConicGrad(GramianMethod):
+class ConicGrad(Centred):
     """ConicGrad: the best improvement of the worst-off task within a cone around the mean gradient.
 
     Hassanpour et al. (2025): like :class:`CAGrad`, but an angle bounds the update instead of a ball. ::
@@ -65,23 +64,15 @@ class ConicGrad(GramianMethod):
         zero_rows: Literal["drop", "keep"] = "drop",
         heads: Literal["own", "weighted"] | None = None,
     ) -> None:
-        super().__init__(zero_rows=zero_rows, heads=heads)
+        super().__init__(preference, zero_rows=zero_rows, heads=heads)
         self.c = at_least("c", c, 0)
         if c > 1:
             raise ValueError(f"c is the cosine of an angle, in [0, 1]; got {c!r}.")
-        self.preference = TaskWeights("preference", preference)
-        self.needs = self.needs | self.preference.needs
-
-    def check(self, context: Context) -> None:
-        self.preference.check(context)
-
-    def prepare(self, context: Context) -> Context:
-        return replace(context, shares=self.preference(context))
 
     def rule(self, gramian: Array, context: Context) -> Array:
         xp = namespace(gramian)
         alive = context.alive & (xp.diagonal(gramian, 0, -2, -1) > 0)
-        centre = normalised(like(gramian, context.shares), context.alive)
+        centre = self.centre(gramian, context)
         product = times(gramian, centre)
         square = (centre * product).sum(-1)[:, None]
         some = square > 0

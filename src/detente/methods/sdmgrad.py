@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from detente.method import Context, GramianMethod, Paper, TaskWeights, Weights, at_least, fit_blocks
-from detente.solvers import Array, diagonal, least, like, namespace, normalised, on_simplex, simplex_qp, times, unit
+from detente.method import Centred, Context, Paper, Weights, at_least, fit_blocks
+from detente.solvers import Array, diagonal, least, namespace, on_simplex, simplex_qp, times, unit
 
 __all__ = ["SDMGrad"]
 
 
-class SDMGrad(GramianMethod):
+class SDMGrad(Centred):
     """SDMGrad: the shortest vector in the hull of the gradients, pulled towards the mean gradient.
 
     Xiao et al. (2023). ``strength = 0`` is :class:`MGDA`; for large ``strength`` the update tends to the mean. ::
@@ -75,7 +74,7 @@ class SDMGrad(GramianMethod):
         zero_rows: Literal["drop", "keep"] = "drop",
         heads: Literal["own", "weighted"] | None = None,
     ) -> None:
-        super().__init__(zero_rows=zero_rows, heads=heads)
+        super().__init__(preference, zero_rows=zero_rows, heads=heads)
         self.strength = at_least("strength", strength, 0)
         if batches not in (1, 2, 3):
             raise ValueError(f"batches must be 1, 2 or 3; got {batches!r}.")
@@ -85,8 +84,6 @@ class SDMGrad(GramianMethod):
         self.iterations = int(at_least("iterations", iterations, 1))
         self.lr = at_least("lr", lr, 0, strict=True)
         self.momentum = at_least("momentum", momentum, 0)
-        self.preference = TaskWeights("preference", preference)
-        self.needs = self.needs | self.preference.needs
         self.start()
 
     without_step = ", or leave batches=1"
@@ -96,16 +93,13 @@ class SDMGrad(GramianMethod):
         self.kept: dict[str, Tensor] = {}
 
     def check(self, context: Context) -> None:
-        self.preference.check(context)
+        super().check(context)
         blocks = None if context.partition is None else context.partition.count
         fit_blocks(self.name, self.kept, context.tasks, blocks)
 
-    def prepare(self, context: Context) -> Context:
-        return replace(context, shares=self.preference(context))
-
     def rule(self, gramian: Array, context: Context) -> Array:
         xp = namespace(gramian)
-        centre = normalised(like(gramian, context.shares), context.alive)
+        centre = self.centre(gramian, context)
         alive = context.alive & (diagonal(gramian) > 0)
         if context.cross is None:
             norms, cosine = unit(gramian)

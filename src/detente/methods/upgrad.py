@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
-from detente.method import Context, GramianMethod, Paper, TaskWeights, Weights
-from detente.solvers import Array, identity, like, namespace, normalised, projected, real
+from detente.method import Centred, Context, Paper
+from detente.solvers import Array, identity, namespace, projected, real
 
 __all__ = ["PAPER", "UPGrad"]
 
@@ -21,7 +20,7 @@ PAPER = Paper(
 )
 
 
-class UPGrad(GramianMethod):
+class UPGrad(Centred):
     """UPGrad: every gradient is projected on the vectors that conflict with no task, then all are averaged.
 
     Quinton and Rey (2024). ::
@@ -57,25 +56,8 @@ class UPGrad(GramianMethod):
     nonconflicting = True
     row_scale: tuple[Literal["linear"], ...] = ("linear",)
 
-    def __init__(
-        self,
-        preference: Weights = None,
-        *,
-        zero_rows: Literal["drop", "keep"] = "drop",
-        heads: Literal["own", "weighted"] | None = None,
-    ) -> None:
-        super().__init__(zero_rows=zero_rows, heads=heads)
-        self.preference = TaskWeights("preference", preference)
-        self.needs = self.needs | self.preference.needs
-
-    def check(self, context: Context) -> None:
-        self.preference.check(context)
-
-    def prepare(self, context: Context) -> Context:
-        return replace(context, shares=self.preference(context))
-
     def rule(self, gramian: Array, context: Context) -> Array:
-        shares = normalised(like(gramian, context.shares), context.alive)
+        shares = self.centre(gramian, context)
         return self.combine(gramian, shares, context)
 
     def combine(self, gramian: Array, shares: Array, context: Context) -> Array:
