@@ -317,7 +317,8 @@ def verdict(comparison: Comparison) -> str:
     worse = [item for item in reversed(sure) if item.points.mean < 0]
     text = ". ".join(_claim(group) for group in (better, worse) if group)
     unsure = [item.label for item in found if item not in sure]
-    rest = f" {_listed(unsure)} cannot be told from equal weights." if unsure else ""
+    names = _listed(unsure) if 0 < len(unsure) <= 6 else f"The other {len(unsure)} methods"
+    rest = f" {names} cannot be told from equal weights." if unsure else ""
     return f"On {comparison.problem} over {n} seeds, {text}.{rest}{gone} {test}"
 
 
