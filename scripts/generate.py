@@ -111,8 +111,6 @@ def body(doc: str) -> list[str]:
             name, colon, rest = text.partition(": ")
             start = f"- `{name}`: {rest}" if colon and not text.startswith(" ") else f"  {text.strip()}"
             lines.append(markdown(start))
-        elif line.startswith("==="):
-            lines += ["```text", line] if "```text" not in lines or lines[::-1].index("```text") > 12 else [line, "```"]
         elif line.rstrip().endswith("::"):
             lines += [markdown(line.rstrip()[:-2].rstrip()), "", "```text"]
             fenced = True

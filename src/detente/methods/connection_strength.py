@@ -147,7 +147,16 @@ class ConnectionStrength(Seeded, GramianMethod):
     loses its component against the owner's where they conflict; all gradients are then summed. Layers without a task
     norm, biases and norms get the plain sum, as does a layer whose channels all have one owner. By default each epoch e
     of E is a phase-1 epoch with probability ``1 - e / E`` (Algorithm 1), so that priorities are learned early and
-    protected late.
+    protected late. ::
+
+        in every epoch e of E, with P ~ uniform(0, 1):
+        phase 1, if P >= e / E:   for each task i:  theta <- theta - lr (gradient of L_i at the current theta)
+        phase 2, else:            for each layer l and task i:
+            S_ip  = gamma_ip^2 / (var_ip + eps) sum of W[p, ...]^2       divided by its sum over p
+            C_i   = {channels p : S_ip is the largest over the tasks}
+            v_j   = gradient of task j on the weights of C_i
+            v_j  -= (v_j . v_i) / ||v_i||^2 v_i   where v_j . v_i < 0
+            d on C_i = sum_j v_j
 
     Needs a trunk with one norm per task (:func:`detente.nn.convert_task_norm`), a forward pass per task under
     :func:`detente.nn.active_task`, and :func:`detente.step` unless ``phase=2``. Tell it the end of each epoch with

@@ -15,8 +15,12 @@ __all__ = ["DTP"]
 class DTP(LossWeighting):
     """DTP: more weight to tasks that perform badly, by a performance figure between 0 and 1.
 
-    ``w_i = -(1 - k_i)**gamma log k_i`` with ``k_i`` a moving average of the task's key performance indicator, such
-    as its accuracy (Guo et al. 2018). You report the figures with :meth:`observe_metrics`; until a task has one its
+    Guo et al. (2018). ::
+
+        k_i <- m (new figure) + (1 - m) k_i              key performance indicator in (0, 1], such as an accuracy
+        w_i  = -(1 - k_i)^gamma log k_i
+
+    You report the figures with :meth:`observe_metrics`; until a task has one its
     weight is 1. Report training figures, or validation figures of a split that you do not select on.
 
     Args:

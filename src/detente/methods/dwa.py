@@ -13,8 +13,12 @@ __all__ = ["DWA"]
 class DWA(EpochWeighting):
     """DWA: more weight to tasks whose loss falls slowly.
 
-    ``w = T softmax(r / temperature)`` with ``r_i`` the ratio of the task's mean losses of the last two epochs
-    (Liu et al. 2019, Eq. 7). Weights are 1 for the first two epochs, and for a task with fewer than two finished
+    Liu et al. (2019), Eq. 7. ::
+
+        r_i = (mean L_i of the last epoch) / (mean L_i of the one before)
+        w   = T softmax(r / temperature)
+
+    Weights are 1 for the first two epochs, and for a task with fewer than two finished
     epochs. An epoch ends when you call :meth:`next_epoch`, or after ``window`` steps.
 
     Args:

@@ -15,7 +15,9 @@ __all__ = ["GD"]
 class GD(LossWeighting):
     """Gradient descent on a weighted sum of the losses (equal weights, linear scalarization).
 
-    The plain step every other method is compared with: ``d = sum_i w_i g_i``. Not adaptive, one backward pass.
+    The plain step every other method is compared with. Not adaptive, one backward pass. ::
+
+        d = sum_i w_i g_i                w = 1; divided by T for the mean
 
     Args:
         weights: one weight per task in order, a mapping by task name, or None for equal weights of 1. They need

@@ -12,8 +12,10 @@ __all__ = ["GLS"]
 class GLS(LossWeighting):
     """GLS: gradient descent on the geometric mean of the losses.
 
-    ``(prod_i L_i)**(1/T)`` (Chennupati et al. 2019); task i has weight ``GM / (T L_i)``. Rescaling a loss changes
-    the length of the update but not its direction.
+    Chennupati et al. (2019). Rescaling a loss changes the length of the update but not its direction. ::
+
+        loss = GM = (prod_i L_i)^(1 / T)
+        w_i  = GM / (T L_i)
 
     Raises:
         ValueError: a loss is not positive.

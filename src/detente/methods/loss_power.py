@@ -13,8 +13,11 @@ __all__ = ["LossPower"]
 class LossPower(EpochWeighting):
     """Weights in proportion to a power of each task's mean loss of the last epoch.
 
-    ``w_i = L_i**gamma / sum_k L_k**gamma``: the loss-based probabilities of wPCGrad (Bohn et al. 2024), for use as
-    ``WPCGrad(priority=LossPower())``. Uniform in the first epoch and while a task has no finished epoch. ``gamma =
+    The loss-based probabilities of wPCGrad (Bohn et al. 2024), for use as ``WPCGrad(priority=LossPower())``. ::
+
+        w_i = L_i^gamma / sum_k L_k^gamma                L_i the mean of the last epoch
+
+    Uniform in the first epoch and while a task has no finished epoch. ``gamma =
     0`` is uniform. The paper's values of gamma are not known; 1 is our default.
 
     Args:

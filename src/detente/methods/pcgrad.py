@@ -16,11 +16,16 @@ __all__ = ["PCGrad"]
 class PCGrad(Seeded, GramianMethod):
     """PCGrad: each task's gradient loses its component against every task it conflicts with.
 
-    For each task i, ``p_i = g_i``; for the other tasks j in random order, where ``p_i . g_j < 0``:
-    ``p_i -= (p_i . g_j) / ||g_j||^2 g_j``; the update is ``sum_i p_i`` (Yu et al. 2020, Algorithm 1). A fresh order
-    for every i and step, drawn from a generator that is part of the state. Without conflicts the update is the sum
-    of the gradients. Tasks with a zero gradient have no influence (they only count in ``reduction="mean"`` when
-    kept).
+    Yu et al. (2020), Algorithm 1. ::
+
+        for each task i:  p_i = g_i
+            for the other tasks j in random order, where p_i . g_j < 0:
+                p_i -= (p_i . g_j) / ||g_j||^2 g_j
+        d = sum_i p_i
+
+    A fresh order for every i and step, drawn from a generator that is part of the state. Without conflicts the update
+    is the sum of the gradients. Tasks with a zero gradient have no influence (they only count in
+    ``reduction="mean"`` when kept).
 
     Task-specific parameters follow their own loss.
 

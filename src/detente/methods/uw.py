@@ -12,8 +12,12 @@ __all__ = ["UW"]
 class UW(LossWeighting):
     """Uncertainty weighting: one learned log-variance ``s_i`` per task.
 
-    The loss is ``sum_i 0.5 (exp(-s_i) L_i + s_i)`` (Kendall et al. 2018, in its common form): task i has weight
-    ``0.5 exp(-s_i)``. The ``s_i`` are learned here, by an Adam of the method's own that steps once per call; nothing
+    Kendall et al. (2018), in its common form. ::
+
+        loss = sum_i 0.5 (exp(-s_i) L_i + s_i)          s_i starts at `init`
+        w_i  = 0.5 exp(-s_i)
+
+    The ``s_i`` are learned here, by an Adam of the method's own that steps once per call; nothing
     has to be added to your optimizer.
 
     Args:

@@ -24,14 +24,16 @@ class WPCGrad(Seeded, GramianMethod):
 
     **A reconstruction.** The idea and the loss-based probabilities are the paper's (Bohn et al. 2024); its full text
     leaves open whether a reference is the original or the current gradient and whether one or all tasks serve, so
-    the choice is an option:
+    the choice is an option. ::
 
-    ========================  =========================================================================================
-    ``mode="sequence"``       every task in drawn order, with its *current* gradient: afterwards no two modified
-                              gradients conflict (default)
-    ``mode="anchor"``         only the first drawn task is a reference (the paper's prose)
-    ``mode="sequence_original"``  every task in drawn order, with its *original* gradient
-    ========================  =========================================================================================
+        p_i = g_i for all i
+        for each task i in the drawn order:      mode="anchor" (the paper's prose): only the first
+            r = p_i                              mode="sequence_original": r = g_i
+            for every j != i where p_j . r < 0:
+                p_j -= (p_j . r) / ||r||^2 r
+        d = sum_i p_i
+
+    After ``mode="sequence"`` (default) no two modified gradients conflict.
 
     Task-specific parameters follow their own loss.
 
