@@ -404,6 +404,16 @@ def test_ball_of_opposites_ends_where_both_are_equal():
     np.testing.assert_allclose(J.T @ found[0], [0.5, 0.0], atol=1e-12)  # bounded level: ends by a cone problem
 
 
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_ball_of_opposites_whose_level_is_known_to_rounding_stays(kind):
+    """The end of a run at a Pareto-stationary point: pulls that are the rounding of g - g, a radius of their size."""
+    gramian = np.array([[[1.9581569627496782, -1.9581569627496769], [-1.9581569627496769, 1.9581569627496782]]])
+    pull = gramian.mean(-1)
+    found, exact = solvers.ball(kind(gramian), kind(pull), kind(np.array([5.16e-9])), kind(everyone(2)))
+    assert bool(exact.all())
+    np.testing.assert_array_equal(np.asarray(found), 0)
+
+
 def test_ball_without_radius_or_gradients_stays():
     J = rows("random", 3)
     for gramian, radius in ((block(J), 0.0), (0 * block(J), 1.0)):

@@ -688,12 +688,13 @@ def _bounded_level(
     along = xp.where(moving, along, 0.0)
     top = xp.minimum(least(xp.where(moving, (along + 1) / xp.where(moving, inverse, 1.0), math.inf)), ceiling)
     top = xp.where(xp.isfinite(top), top, 0.0)
-    for _ in range(8):
+    blur = EPS * most(xp.abs(xp.where(moving, along / xp.where(moving, inverse, 1.0), 0.0)))
+    for turn in range(8):
         found = cone(cosine, xp.where(moving, top[:, None] * inverse - along, -1.0))
         # a convex combination of the gradients that is 0 bounds the level by the same combination of the pulls
         ray = xp.where(found.bounded[:, None], 0.0, found.y)
         bound = (ray * along).sum(-1) / floor((ray * inverse).sum(-1), EPS**8)
-        top = xp.where(found.bounded, top, xp.minimum(bound, top))
+        top = xp.where(found.bounded, top, xp.minimum(bound, top - 2.0**turn * blur))  # as in _walk
     reached = found.bounded & ((found.y * times(cosine, found.y)).sum(-1) <= 1) & ~exact
     return xp.where(reached[:, None], found.y, y), exact | (reached & found.exact)
 
@@ -712,12 +713,15 @@ def _walk(
 
     low = float((pull / inverse).min())
     high = min(float(((pull + 1) / inverse).min()), ceiling)
+    blur = EPS * float(np.abs(pull / inverse).max())
     for _ in range(10 + 2 * len(pull)):
         y, bounded, exact = step(high)
         if bounded:
             break
-        # a convex combination of the gradients that is 0 bounds the level by the same combination of the pulls
-        high = min(high, float(y @ pull) / float(y @ inverse))
+        # a convex combination of the gradients that is 0 bounds the level by the same combination of the pulls, which
+        # is known to rounding: a level on the bound itself may pass for one above it
+        high = min(high - blur, float(y @ pull) / float(y @ inverse))
+        blur *= 2
     else:
         return np.zeros_like(pull), False
     if y @ cosine @ y <= 1:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -386,23 +387,6 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path):
         assert "Choose another --out" in outcome.text
 
 
-def test_a_loss_that_is_not_finite_ends_its_run_alone(tmp_path):
-    problem = tmp_path / "diverging.py"
-    sgd = 'torch.optim.SGD(model.parameters(), lr=settings["lr"])'
-    problem.write_text(TINY.read_text() + f"\n\ndef make_optimizer(model, settings):\n    return {sgd}\n")
-    bad = "gd(weights=[1e+30, 1e+30])"
-    outcome = compare(tmp_path / "out", problem, f"mgda,{bad}", 1)
-    assert outcome.code == 1
-    (line,) = [x for x in tidy(outcome).splitlines() if x.startswith("failed gd(weights")]
-    assert "losses['s" in line  # the task
-    assert "nan" in line or "inf" in line
-    assert "Lower the learning rate" in line
-    names = {content["label"] for content in results(tmp_path / "out").values()}
-    assert names == {"single", "gd", "mgda"}
-    assert f"1 of 5 runs are not finished ({bad} seed 0" in outcome.text
-    assert (tmp_path / "out/results.csv").exists()
-
-
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -442,18 +426,19 @@ def test_a_run_that_diverges_is_reported_and_never_dropped(tmp_path):
     )
     problem.write_text(TINY.read_text() + descent)
     for _ in range(2):
-        methods = "famo,auto_lambda,gd(weights=[1e9, 1e9])"  # the losses overflow within a few steps
+        methods = "mgda,famo,auto_lambda,gd(weights=[1e9, 1e9])"  # the losses overflow within a few steps
         outcome = compare(out, problem, methods, 3, "--epochs", "2")
         assert outcome.code == 0, outcome.out
         assert "diverged" in outcome.out
         assert "seed 0 in epoch" in outcome.out
     rows = (out / "results.csv").read_text()
     assert all(name in rows for name in ("famo", "auto_lambda", "gd(weights="))
+    assert {r["label"] for r in results(out).values() if r["diverged"] is None} >= {"single", "gd", "mgda"}
     found = [json.loads(path.read_text()) for path in out.glob("runs/gd(weights*/seed-*/result.json")]
     assert len(found) == 3
     assert all(result["diverged"]["epoch"] == 1 for result in found)
     assert all(value is None for result in found for task in result["metrics"].values() for value in task.values())
-    assert "is nan" in found[0]["diverged"]["reason"] or "is inf" in found[0]["diverged"]["reason"]
+    assert re.match(r"losses\['s\w+'\] is (nan|inf)", found[0]["diverged"]["reason"])
 
 
 def test_losses_are_logged_once_a_step_whatever_the_method_computes(tmp_path):
