@@ -110,12 +110,12 @@ def times(matrix: Array, vector: Array) -> Array:
 
 def total(array: Array) -> Array:
     """Sum over the last dimension, which is kept."""
-    return array.sum(-1)[..., None]
+    return array.sum(-1, keepdim=True) if isinstance(array, Tensor) else np.add.reduce(array, -1, keepdims=True)
 
 
 def any_of(array: Array) -> Array:
     """Whether anything is true along the last dimension."""
-    return array.any(-1)
+    return array.any(-1) if isinstance(array, Tensor) else np.logical_or.reduce(array, -1)
 
 
 def floor(array: Array, low: float) -> Array:
@@ -125,12 +125,12 @@ def floor(array: Array, low: float) -> Array:
 
 def least(array: Array) -> Array:
     """Minimum over the last dimension."""
-    return array.amin(-1) if isinstance(array, Tensor) else array.min(-1)
+    return array.amin(-1) if isinstance(array, Tensor) else np.minimum.reduce(array, -1)
 
 
 def most(array: Array) -> Array:
     """Maximum over the last dimension."""
-    return array.amax(-1) if isinstance(array, Tensor) else array.max(-1)
+    return array.amax(-1) if isinstance(array, Tensor) else np.maximum.reduce(array, -1)
 
 
 def _positions(array: Array) -> Array:
@@ -141,7 +141,7 @@ def _positions(array: Array) -> Array:
 
 def _finished(done: Array) -> bool:
     """Whether a loop may end: known on the host only."""
-    return not isinstance(done, Tensor) and bool(done.all())
+    return not isinstance(done, Tensor) and np.count_nonzero(done) == done.size
 
 
 def _linear(matrix: Array, right: Array) -> Array:
@@ -197,18 +197,14 @@ class _Trial(NamedTuple):
 
 def _reduced(cosine: Array, right: Array, free: Array) -> Array:
     """``x`` [B, T, k] with ``C x = right`` on the free rows and 0 elsewhere."""
-    if isinstance(cosine, Tensor):
+    if isinstance(cosine, Tensor) or free.shape[-1] <= 16 or _finished(free):
         return _masked(cosine, right, free)
     if len(free) == 1:
         held = np.flatnonzero(free)
         result = np.zeros_like(right)
-        if len(held) == free.shape[-1]:
-            return _masked(cosine, right, free)
         sub = cosine[0][held[:, None], held]
         result[0, held] = _masked(sub[None], right[:, held], _everything(len(held)))[0]
         return result
-    if free.shape[-1] <= 16:
-        return _masked(cosine, right, free)
     # the active sets are often much smaller than T, and the cost grows with the cube
     size = max(int(free.sum(-1).max()), 1)
     order = np.argsort(~free, -1, kind="stable")[:, :size]
@@ -228,7 +224,7 @@ def _everything(count: int) -> NDArray[np.bool_]:
 
 def _masked(cosine: Array, right: Array, free: Array) -> Array:
     xp = namespace(cosine)
-    if xp is np and free.all():
+    if _finished(free):
         wanted, matrix = right, cosine
     else:
         wanted = free[..., None] * right
@@ -783,6 +779,9 @@ def bargain(cosine: Array, rate: Array, power: float, alive: Array) -> tuple[Arr
         grown = floor((alone * times(matrix, alone)).sum(-1), EPS)
         length = ((rate * alone ** (1 - power)).sum(-1) / grown) ** (1 / (1 + power))
         start = alone * xp.clip(length, 1e-4, 1e4)[:, None]
+        # then each coordinate goes most of its own way
+        behind = xp.clip(times(matrix, start) * start**power / rate, 0.1, 10.0)
+        start = start / (xp.sqrt(behind) if power == 1 else behind ** (1 / (1 + power)))
         y, exact, sure = _newton(matrix, rate, power, start, 0.0)
         if not _finished(sure):
             stationary = ~cone(matrix, 2 * real(alive) - 1).bounded & ~sure
@@ -823,10 +822,9 @@ def _newton(matrix: Array, rate: Array, power: float, start: Array, ridge: float
                     break
                 length = xp.where(over, length / 2, length)
             length = length[:, None]
-        moved = y + length * step
-        y = xp.where((~done & (moved > 0).all(-1))[:, None], moved, y)
+        y = y + length * (step if len(y) == 1 else xp.where(done[:, None], 0.0, step))
         # Newton squares small steps; where they no longer shrink they are rounding
-        done = done | (relative < 1e-7) | ((relative < 1e-4) & (relative >= before / 2))
+        done = done | (relative < xp.where(relative < before / 2, 1e-7, 1e-4))
         if _finished(done):
             break
         before = relative
