@@ -1,0 +1,177 @@
+"""Whole training steps: detente beside torchjd, the bare backward passes and a plain step.  make bench-steps."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import time
+from collections.abc import Callable
+
+from common import attempt, header, ours, publish, table  # first: sets the threads
+
+# isort: split
+import numpy as np
+import torch
+import torchjd.aggregation as tj
+from torchjd.autojac import jac_to_grad, mtl_backward
+from workloads import WORKLOADS, Problem
+
+import detente
+
+Step = Callable[[Problem], object]
+
+METHODS: dict[str, Callable[[], tj.Aggregator]] = {
+    "gd": tj.Mean,
+    "cagrad": lambda: tj.CAGrad(c=0.5),
+    "mgda": tj.MGDA,
+    "pcgrad": tj.PCGrad,
+    "upgrad": tj.UPGrad,
+    "nash_mtl": lambda: tj.NashMTL(n_tasks=0),
+    "aligned_mtl": tj.AlignedMTL,
+}
+
+
+def plain(problem: Problem) -> None:
+    torch.stack(problem.losses(problem.features())).sum().backward()
+
+
+def floor(problem: Problem) -> None:
+    """The task gradients, thrown away: what any exact method has to compute when it takes them one by one."""
+    losses = problem.losses(problem.features())
+    trunk = list(problem.trunk.parameters())
+    for t, loss in enumerate(losses):
+        torch.autograd.grad(loss, [*trunk, *problem.heads[t].parameters()], retain_graph=t < len(losses) - 1)
+
+
+def exact(name: str, **options: object) -> Step:
+    method = ours(name)
+    names: dict[int, list[str]] = {}
+
+    def run(problem: Problem) -> None:
+        losses = problem.losses(problem.features())
+        tasks = names.setdefault(len(losses), [str(t) for t in range(len(losses))])
+        detente.backward(dict(zip(tasks, losses, strict=True)), method, **options)  # type: ignore[arg-type]
+
+    return run
+
+
+def theirs(name: str, count: int, chunk: int | None = None) -> Step:
+    aggregator = tj.NashMTL(n_tasks=count) if name == "nash_mtl" else METHODS[name]()
+
+    def run(problem: Problem) -> None:
+        features = problem.features()
+        mtl_backward(problem.losses(features), features=features, parallel_chunk_size=chunk)
+        jac_to_grad(problem.trunk.parameters(), aggregator)
+
+    return run
+
+
+def variants(count: int, methods: list[str]) -> dict[str, Step]:
+    """Everything that is timed in turn on one problem."""
+    found: dict[str, Step] = {"plain": plain, "floor": floor, "features cagrad": exact("cagrad", source="features")}
+    for name in methods:
+        found[f"detente {name}"] = exact(name)
+        found[f"torchjd {name}"] = theirs(name, count)
+        found[f"torchjd, chunk 1 {name}"] = theirs(name, count, 1)
+    return found
+
+
+def measure(problem: Problem, steps: dict[str, Step], budget: float) -> dict[str, list[float] | str]:
+    """Seconds of process time per step, all variants in turn; one that fails says how."""
+    found: dict[str, list[float] | str] = {}
+
+    def once(step: Step) -> float:
+        problem.zero_grad(set_to_none=True)
+        begun = time.process_time()
+        step(problem)
+        return time.process_time() - begun
+
+    for name, step in steps.items():
+        tried = attempt(lambda step=step: [once(step) for _ in range(2)], 60.0)  # type: ignore[misc]
+        found[name] = tried if isinstance(tried, str) else []
+    gc.collect()
+    gc.disable()
+    begun, rounds = time.perf_counter(), 0
+    names = list(steps)
+    random = np.random.default_rng(0)
+    try:
+        while rounds < 5 or (time.perf_counter() - begun < budget and rounds < 400):
+            for k in random.permutation(len(names)):  # so that no variant always follows the same other
+                spent = found[names[k]]
+                if not isinstance(spent, str):
+                    spent.append(once(steps[names[k]]))
+            rounds += 1
+            if rounds % 10 == 0:
+                gc.collect()
+    finally:
+        gc.enable()
+    return found
+
+
+def median(values: list[float] | str) -> float:
+    return math.nan if isinstance(values, str) else float(np.median(values))
+
+
+def shown(values: list[float] | str) -> str:
+    if isinstance(values, str):
+        return values
+    low, middle, high = (1e3 * float(np.quantile(values, q)) for q in (0.25, 0.5, 0.75))
+    return f"{middle:.3g} ({low:.3g} to {high:.3g}; {len(values)})"
+
+
+def ratio(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
+    parser.add_argument("--methods", nargs="+", default=["cagrad"], choices=list(METHODS))
+    parser.add_argument("--counts", nargs="+", type=int, default=[2, 3, 10, 40])
+    parser.add_argument("--budget", type=float, default=20.0, help="seconds for each workload and number of tasks")
+    parser.add_argument("--name", default="steps.md", help="name of the file in results/; '-' prints only")
+    chosen = parser.parse_args()
+    overview: list[list[str]] = []
+    detail: list[list[str]] = []
+    for name in chosen.workloads:
+        for count in chosen.counts:
+            if count not in WORKLOADS[name].counts:
+                continue
+            problem = WORKLOADS[name].build(count)
+            steps = variants(count, chosen.methods)
+            found = measure(problem, steps, chosen.budget)
+            base, bottom = median(found["plain"]), median(found["floor"])
+            for variant, values in found.items():
+                detail.append(
+                    [name, str(count), variant, shown(values), ratio(median(values) / bottom),
+                     ratio(median(values) / base)]
+                )  # fmt: skip
+            for method in chosen.methods:
+                mine = median(found[f"detente {method}"])
+                peer = median(found[f"torchjd {method}"])
+                serial = median(found[f"torchjd, chunk 1 {method}"])
+                overview.append(
+                    [name, str(count), method, ratio(base / bottom), ratio(mine / bottom), ratio(peer / bottom),
+                     ratio(serial / bottom), ratio(median(found["features cagrad"]) / base)]
+                )  # fmt: skip
+                print(" | ".join(overview[-1]), flush=True)
+    head = ["workload", "T", "method", "plain", "detente", "torchjd", "torchjd, chunk 1", "features / plain"]
+    text = header("Whole steps: detente and torchjd")
+    text += "\n".join(f"- {w.name}: {w.what}" for w in WORKLOADS.values() if w.name in chosen.workloads)
+    text += (
+        "\n\nProcess time of zeroed gradients to written `.grad` on one thread, all variants in turn and in random "
+        "order within one process. *floor*: forward and one backward pass per task, results thrown away. *plain*: "
+        "forward and one backward pass of the sum.\n\n## Over the floor\n\n"
+    )
+    text += table(head, overview)
+    text += "\n## Each variant: median ms (quartiles; number of steps), over the floor, over a plain step\n\n"
+    text += table(["workload", "T", "variant", "ms", "/ floor", "/ plain"], detail)
+    if chosen.name == "-":
+        print(text)
+    else:
+        publish(chosen.name, text)
+
+
+if __name__ == "__main__":
+    main()
