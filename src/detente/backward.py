@@ -271,13 +271,14 @@ def _projected(
         shares = method.sampling_shares(Context(tasks, losses=losses))
         rows = source.rows(shares)
 
+    features: Features | None
     if source == "features":
         features = Features(tensors, found)
-        jacobian, heads, finish = features.jacobian, features.heads, features.finish
+        jacobian, heads = features.jacobian, features.heads
         partition = _partition(method, jacobian.parameters, tasks, granularity, features=True)
     else:
         partition = _partition(method, found.shared, tasks, granularity)
-        jacobian, heads, finish = Jacobian(found.shared, len(rows)), [], _unchanged
+        features, jacobian, heads = None, Jacobian(found.shared, len(rows)), []
         for r, row in enumerate(rows):
             heads += take(jacobian, r, row, tensors, found, method.heads, last=r == len(rows) - 1)
 
@@ -309,9 +310,11 @@ def _projected(
         context = replace(context, cross=products * first.unsqueeze(1) * first)
     weights, updates = _resolve(jacobian, method, blocks, partition, context, first, scale, finite)
 
-    gradients: dict[int, tuple[Tensor, Tensor]] = {
-        id(p): (p, update) for p, update in zip(found.shared, finish(updates), strict=True)
-    }
+    if features is None:
+        _accumulate({id(p): (p, u) for p, u in zip(found.shared, updates, strict=True)}, ours=True)
+    else:
+        features.pull(updates)
+    gradients: dict[int, tuple[Tensor, Tensor]] = {}
     # a task that is left out for its zero trunk gradient still trains its head
     left_out = ~((blocks.diagonal(dim1=1, dim2=2) > 0).any(0) | (weights != 0).any(0))
     for p, r, gradient in heads:
@@ -323,7 +326,7 @@ def _projected(
 
     total = blocks.sum(0)
     stats: dict[str, Any] = {
-        "backwards": 1 if source == "features" else len(rows) * (1 + len(others)),
+        "backwards": 1 if features is not None else len(rows) * (1 + len(others)),
         "conflicts": int((total.triu(1) < 0).sum()),
         "dropped": [t for t, out in zip(context.tasks, left_out.tolist(), strict=True) if out],
         **context.stats,
@@ -332,10 +335,6 @@ def _projected(
         stats["sampled"] = [tasks[row.tasks[0]] for row in rows[:-1]]
     by_task = spread(weights[0] if partition.count == 1 else weights, rows, len(tasks))
     return Update({task: by_task[..., t] for t, task in enumerate(tasks)}, total, stats)
-
-
-def _unchanged(updates: Sequence[Tensor]) -> Sequence[Tensor]:
-    return updates
 
 
 def _partition(
@@ -396,15 +395,20 @@ def _resolve(
     return weights * first, jacobian.combine(weights * scale, partition)
 
 
-def _accumulate(gradients: Mapping[int, tuple[Tensor, Tensor]]) -> None:
-    """Add to ``.grad`` as autograd does, in the memory format of the parameter."""
+def _accumulate(gradients: Mapping[int, tuple[Tensor, Tensor]], *, ours: bool = False) -> None:
+    """Add to ``.grad`` as autograd does, in the memory format of the parameter.
+
+    With ``ours`` nobody else has the gradients, and one that is laid out as its parameter becomes its ``.grad``. What
+    autograd returns may be one tensor for two parameters.
+    """
     for p, gradient in gradients.values():
+        gradient = gradient.detach()
         if p.grad is not None:
-            p.grad.add_(gradient.detach())
-        elif gradient.layout == torch.strided:
-            p.grad = torch.empty_like(p).copy_(gradient.detach())
+            p.grad.add_(gradient)
+        elif gradient.layout != torch.strided or (ours and gradient.stride() == p.stride()):
+            p.grad = gradient
         else:
-            p.grad = gradient.detach()
+            p.grad = torch.empty_like(p).copy_(gradient)
 
 
 def aggregate(jacobian: Tensor, method: Method, losses: Sequence[float] | Tensor | None = None) -> Tensor:

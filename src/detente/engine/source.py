@@ -137,14 +137,15 @@ class Features:
         for t, row in enumerate(taken):
             self.jacobian.write(t, [row[k] for k in self.used])
 
-    def finish(self, updates: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The gradients of the shared parameters that carry these gradients of the features."""
+    def pull(self, updates: Sequence[Tensor]) -> None:
+        """Add to ``.grad`` of the shared parameters what carries these gradients of the features."""
         shared = self.found.shared
-        if not self.used:
-            return [torch.zeros_like(p) for p in shared]
-        edges = [self.edges[k] for k in self.used]
-        gradients = torch.autograd.grad(edges, shared, list(updates), allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(shared, gradients, strict=True)]
+        if self.used:
+            edges = [self.edges[k] for k in self.used]
+            torch.autograd.backward(edges, list(updates), inputs=shared)
+        for p in shared:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
 
 
 def _cut(gradients: tuple[Tensor, ...]) -> tuple[None, ...]:
