@@ -13,6 +13,7 @@ from torch import Tensor
 
 from detente.engine.graph import Reach, reach
 from detente.engine.jacobian import Jacobian
+from detente.engine.lean import Product, products, worth
 from detente.engine.source import Features, Sampled, every_task, spread, take
 from detente.gramian import Partition
 from detente.method import (
@@ -40,6 +41,7 @@ def backward(
     granularity: str | None = None,
     weighting: LossWeighting | None = None,
     scale: float = 1.0,
+    engine: str = "auto",
 ) -> Update:
     """Resolve the conflicts between the tasks' gradients and write the update into ``.grad``.
 
@@ -61,6 +63,10 @@ def backward(
             ``"channel"`` (per index of the parameter's first dimension, of a feature's second); None is the method's
             own.
         weighting: a loss weighting that is applied to the losses first: the method sees weighted losses and gradients.
+        engine: how the task gradients of the parameters are kept, with the same result. ``"serial"`` writes each of
+            them; ``"lean"`` keeps those of the linear layers as the products that they are, which saves the writing
+            but takes longer where a batch has many more samples than the layer has units; ``"auto"`` chooses layer by
+            layer. ``update.stats["products"]`` counts the layers kept so.
         scale: factor that is already inside the losses, such as ``scaler.get_scale()``. Methods see the unscaled
             losses and gradients; ``.grad`` keeps the factor.
 
@@ -87,7 +93,7 @@ def backward(
             f"{method.name} cannot work with one backward pass: {method.why_step()} "
             f"Use detente.step(closure, optimizer, method){method.without_step}."
         )
-    return run(losses, method, shared, source, granularity, weighting, scale)
+    return run(losses, method, shared, source, granularity, weighting, scale, engine)
 
 
 def run(
@@ -98,6 +104,7 @@ def run(
     granularity: str | None = None,
     weighting: LossWeighting | None = None,
     scale: float = 1.0,
+    engine: str = "auto",
     more: Sequence[Losses] = (),
 ) -> Update:
     """What :func:`backward` does, for methods in whatever phase; ``more``: the losses on further batches."""
@@ -111,7 +118,7 @@ def run(
                 f"same order; got {list(named)} and {list(batch)}."
             )
     with torch.autocast(next(iter(named.values())).device.type, enabled=False):
-        return _run(named, method, shared, source, granularity, weighting, scale, others)
+        return _run(named, method, shared, source, granularity, weighting, scale, engine, others)
 
 
 def _run(
@@ -122,9 +129,11 @@ def _run(
     granularity: str | None,
     weighting: LossWeighting | None,
     scale: float,
+    engine: str,
     others: list[dict[str, Tensor]],
 ) -> Update:
     require_method(method)
+    one_of("engine", engine, ("auto", "serial", "lean"))
     if weighting is not None and not isinstance(weighting, LossWeighting):
         raise TypeError(f"weighting must be a loss weighting such as detente.DWA(); got {weighting!r}.")
     if not isinstance(source, Sampled) and source not in ("parameters", "features"):
@@ -153,7 +162,8 @@ def _run(
         raise ValueError(
             f"{method.name} weights the losses itself ({method.own_weighting.name}); leave `weighting` out."
         )
-    return _projected(named, method, found, source, granularity, weighting or method.own_weighting, scale, others)
+    weighting = weighting or method.own_weighting
+    return _projected(named, method, found, source, granularity, weighting, scale, engine, others)
 
 
 def named_losses(losses: Losses) -> dict[str, Tensor]:
@@ -249,6 +259,7 @@ def _projected(
     granularity: str | None,
     weighting: LossWeighting | None,
     scale: float,
+    engine: str,
     others: list[dict[str, Tensor]],
 ) -> Update:
     tasks, tensors = tuple(named), list(named.values())
@@ -272,15 +283,20 @@ def _projected(
         rows = source.rows(shares)
 
     features: Features | None
+    kept: dict[int, Product] = {}
     if source == "features":
         features = Features(tensors, found)
         jacobian, heads = features.jacobian, features.heads
         partition = _partition(method, jacobian.parameters, tasks, granularity, features=True)
     else:
         partition = _partition(method, found.shared, tasks, granularity)
-        features, jacobian, heads = None, Jacobian(found.shared, len(rows)), []
+        if engine != "serial" and not (others or method.transforms or method.per_parameter):
+            kept = _products(found, partition, len(rows), always=engine == "lean")
+        inputs = {k: product.inputs for k, product in kept.items()}
+        features, jacobian, heads = None, Jacobian(found.shared, len(rows), inputs), []
         for r, row in enumerate(rows):
-            heads += take(jacobian, r, row, tensors, found, method.heads, last=r == len(rows) - 1)
+            last = r == len(rows) - 1
+            heads += take(jacobian, r, row, tensors, found, method.heads, last=last, products=kept)
 
     raw = jacobian.gramian(partition)
     cross = _cross(jacobian, others, found, partition).to(raw.device) if others else raw[:0]
@@ -327,6 +343,7 @@ def _projected(
     total = blocks.sum(0)
     stats: dict[str, Any] = {
         "backwards": 1 if features is not None else len(rows) * (1 + len(others)),
+        "products": len(kept),
         "conflicts": int((total.triu(1) < 0).sum()),
         "dropped": [t for t, out in zip(context.tasks, left_out.tolist(), strict=True) if out],
         **context.stats,
@@ -335,6 +352,15 @@ def _projected(
         stats["sampled"] = [tasks[row.tasks[0]] for row in rows[:-1]]
     by_task = spread(weights[0] if partition.count == 1 else weights, rows, len(tasks))
     return Update({task: by_task[..., t] for t, task in enumerate(tasks)}, total, stats)
+
+
+def _products(found: Reach, partition: Partition, count: int, *, always: bool) -> dict[int, Product]:
+    """The linear layers, by position of their weight, whose task gradients are kept as products."""
+    return {
+        k: product
+        for k, product in products(found.nodes, found.shared).items()
+        if partition.members[k][0] == () and (always or worth(product.samples, found.shared[k].shape, count))
+    }
 
 
 def _partition(

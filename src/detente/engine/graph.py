@@ -20,11 +20,13 @@ class Reach:
         shared: parameters that the method's update is for.
         tasks: for every shared parameter the positions of the losses that reach it.
         own: for every loss, the other leaves it reaches; the heads.
+        nodes: of the graph behind the losses.
     """
 
     shared: list[Tensor]
     tasks: list[tuple[int, ...]]
     own: list[list[Tensor]]
+    nodes: list[Node]
 
 
 def reach(losses: Sequence[Tensor], shared: Iterable[Tensor] | None = None) -> Reach:
@@ -37,7 +39,9 @@ def reach(losses: Sequence[Tensor], shared: Iterable[Tensor] | None = None) -> R
     Raises:
         ValueError: an entry of ``shared`` is not a leaf that requires a gradient.
     """
-    leaves = _leaves(losses)
+    order, masks = _walk(losses)
+    # in a stable order, each with the set of losses that reach it: bit t for loss t
+    leaves = [(node.variable, masks[node]) for node in reversed(order) if node.name() == _LEAF]  # type: ignore[attr-defined]
     if shared is None:
         any_leaf = not any(isinstance(p, Parameter) for p, _ in leaves)
         chosen = {id(p) for p, mask in leaves if mask & (mask - 1) and (any_leaf or isinstance(p, Parameter))}
@@ -53,7 +57,7 @@ def reach(losses: Sequence[Tensor], shared: Iterable[Tensor] | None = None) -> R
                     "Pass model.trunk.parameters(), without frozen ones."
                 )
             chosen.add(id(p))
-    result = Reach([], [], [[] for _ in losses])
+    result = Reach([], [], [[] for _ in losses], order)
     for p, mask in leaves:
         tasks = tuple(t for t in range(len(losses)) if mask >> t & 1)
         if id(p) in chosen:
@@ -131,12 +135,6 @@ def boundary(losses: Sequence[Tensor]) -> Boundary:
 
 
 _LEAF = "torch::autograd::AccumulateGrad"
-
-
-def _leaves(losses: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
-    """Leaves behind the losses with the set of losses that reach each (bit t for loss t), in a stable order."""
-    order, masks = _walk(losses)
-    return [(node.variable, masks[node]) for node in reversed(order) if node.name() == _LEAF]  # type: ignore[attr-defined]
 
 
 def _walk(losses: Sequence[Tensor]) -> tuple[list[Node], dict[Node, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,13 +23,19 @@ class Jacobian:
     Args:
         parameters: the shared parameters.
         count: number of rows T.
+        inputs: ``[N, i]`` X by position of the parameters ``[o, i]`` whose gradients are products ``D_t' X``. Their
+            rows are kept as D_t ``[N, o]``, and only the update is multiplied out.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], count: int) -> None:
+    def __init__(self, parameters: Sequence[Tensor], count: int, inputs: Mapping[int, Tensor] | None = None) -> None:
         self.parameters = list(parameters)
         self.count = count
+        self.inputs = dict(inputs or {})
+        self.outputs = {k: x.new_empty(count, len(x), self.parameters[k].shape[0]) for k, x in self.inputs.items()}
         kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for k, p in enumerate(self.parameters):
+            if k in self.inputs:
+                continue
             dtype = p.dtype.to_real() if p.is_complex() else p.dtype
             kinds.setdefault((dtype, p.device), []).append(k)
         self.groups = []
@@ -43,7 +49,13 @@ class Jacobian:
                 self.slices[k] = part.view(count, *p.shape, *([2] if p.is_complex() else []))
 
     def write(self, row: int, gradients: Sequence[Tensor | None]) -> None:
-        """Write the gradient of one task, one tensor per parameter; None is zero."""
+        """Write the gradient of one task, one tensor per parameter (D_t for a product); None is zero."""
+        for k, kept in self.outputs.items():
+            output = gradients[k]
+            if output is None:
+                kept[row].zero_()
+            else:
+                kept[row].copy_(output)
         for members, buffer in self.groups:
             parts = [gradients[k] for k in members]
             if any(g is None for g in parts):
@@ -64,7 +76,7 @@ class Jacobian:
 
         With ``other``, the products ``J other'`` with the rows of another batch instead.
         """
-        devices = {buffer.device for buffer in self.buffers}
+        devices = {p.device for p in self.parameters}
         device = devices.pop() if len(devices) == 1 else torch.device("cpu")
         second = self if other is None else other
         measured = partition.measured
@@ -73,14 +85,26 @@ class Jacobian:
                 total = torch.zeros(self.count, self.count, dtype=torch.float64, device=device)
                 for buffer, against in zip(self.buffers, second.buffers, strict=True):
                     total += gramian(buffer, None if other is None else against).to(device)
+                for k in self.inputs:
+                    total += self._of_product(k).to(device)
                 return total.unsqueeze(0)
             blocks = torch.zeros(partition.count, self.count, self.count, dtype=torch.float64, device=device)
             for k, ((dims, index), rows) in enumerate(zip(partition.members, self.slices, strict=True)):
-                if measured is None or k in measured:
+                if measured is not None and k not in measured:
+                    continue
+                if k in self.inputs:
+                    blocks[int(index)] += self._of_product(k).to(device)
+                else:
                     part = _by_slice(rows, dims).double()
                     against = part if other is None else _by_slice(second.slices[k], dims).double()
                     blocks.index_add_(0, index.reshape(-1).to(device), (part @ against.transpose(1, 2)).to(device))
             return blocks
+
+    def _of_product(self, k: int) -> Tensor:
+        """``<D_s' X, D_t' X> = <D_s, X X' D_t>``, in float64 because the terms may cancel."""
+        x, kept = self.inputs[k].double(), self.outputs[k].double()
+        product = kept.flatten(1) @ (x @ x.T @ kept).flatten(1).T
+        return (product + product.T) / 2
 
     def combine(self, weights: Tensor, partition: Partition) -> list[Tensor]:
         """The update ``J'a``, one tensor per parameter, from weights ``[B, T]``."""
@@ -94,6 +118,10 @@ class Jacobian:
 
     def _combine(self, weights: Tensor, partition: Partition) -> list[Tensor]:
         updates: list[Tensor] = list(self.slices)
+        for k, x in self.inputs.items():
+            block = 0 if partition.count == 1 else int(partition.members[k][1])
+            mixed = torch.tensordot(weights[block].to(x.device, x.dtype), self.outputs[k], 1)
+            updates[k] = mixed.T @ x
         if partition.count == 1:
             for members, buffer in self.groups:
                 combined = weights[0].to(buffer.device, buffer.dtype) @ buffer
@@ -102,6 +130,8 @@ class Jacobian:
                     updates[k] = part.view(self.slices[k].shape[1:])
         else:
             for k, ((dims, index), rows) in enumerate(zip(partition.members, self.slices, strict=True)):
+                if k in self.inputs:
+                    continue
                 chosen = weights[index.reshape(-1)].to(rows.device, rows.dtype)
                 update = chosen.unsqueeze(1) @ _by_slice(rows, dims)
                 shape = rows.shape[1:]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from detente.engine.graph import Reach, boundary
 from detente.engine.jacobian import Jacobian
+from detente.engine.lean import Product
 
 __all__ = ["Features", "Row", "Sampled", "every_task", "spread", "take"]
 
@@ -153,23 +155,32 @@ def _cut(gradients: tuple[Tensor, ...]) -> tuple[None, ...]:
 
 
 def take(
-    jacobian: Jacobian, r: int, row: Row, losses: list[Tensor], found: Reach, convention: str, *, last: bool
+    jacobian: Jacobian,
+    r: int,
+    row: Row,
+    losses: list[Tensor],
+    found: Reach,
+    convention: str,
+    *,
+    last: bool,
+    products: Mapping[int, Product] = MappingProxyType({}),
 ) -> list[tuple[Tensor, int, Tensor]]:
     """Backpropagate one row: its gradient goes into J; those of its heads are returned as ``(parameter, r, gradient)``.
 
     Heads of a row that averages several tasks take another, short pass (it ends above the trunk), because their own
-    losses have other factors than the average.
+    losses have other factors than the average. Of the parameters in ``products`` the gradient of the layer's output
+    is taken instead.
     """
     mine = [k for k, tasks in enumerate(found.tasks) if any(t in tasks for t in row.tasks)]
     own = list({id(p): p for t in row.tasks for p in found.own[t]}.values())
     outputs = [losses[t] for t in row.tasks]
     factors = [torch.full_like(loss, f) for loss, f in zip(outputs, row.factors, strict=True)]
-    inputs = [jacobian.parameters[k] for k in mine]
+    inputs = [products[k].output if k in products else jacobian.parameters[k] for k in mine]
 
-    def pull(inputs: list[Tensor], factors: list[Tensor], keep: bool) -> Sequence[Tensor | None]:
+    def pull(inputs: Sequence[Tensor | GradientEdge], factors: list[Tensor], keep: bool) -> Sequence[Tensor | None]:
         if not inputs:
             return ()
-        return torch.autograd.grad(outputs, inputs, factors, retain_graph=keep, allow_unused=True)
+        return torch.autograd.grad(outputs, inputs, factors, retain_graph=keep, allow_unused=True)  # type: ignore[arg-type]
 
     if len(row.tasks) == 1 or convention == "weighted":
         taken = pull([*inputs, *own], factors, not last)

@@ -1,0 +1,90 @@
+"""Gradients of linear layers as they are: a product of two small matrices, never written out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+__all__ = ["Product", "products", "worth"]
+
+# what the input of the product is saved as, and which argument the weight is
+_NODES = {"AddmmBackward0": ("mat1", 2), "MmBackward0": ("self", 1)}
+
+
+@dataclass(frozen=True)
+class Product:
+    """The one place where a step uses a weight W ``[o, i]``: ``Y = X W'``, so that ``dL/dW = (dL/dY)' X``.
+
+    Attributes:
+        node: of the product in the autograd graph.
+        samples: N, the rows of X and of Y.
+    """
+
+    node: Node
+    samples: int
+
+    @property
+    def output(self) -> GradientEdge:
+        """Where the gradient of Y ``[N, o]`` arrives."""
+        return GradientEdge(self.node, 0)
+
+    @property
+    def inputs(self) -> Tensor:
+        """X ``[N, i]``, as the graph keeps it."""
+        saved: Tensor = getattr(self.node, f"_saved_{_NODES[self.node.name()][0]}")
+        return saved.detach()
+
+
+def products(nodes: Sequence[Node], parameters: Sequence[Tensor]) -> dict[int, Product]:
+    """The weights, by position, that the step behind ``nodes`` uses in one linear layer and nowhere else.
+
+    Weights with a hook on their gradient are left out: it must see the gradient itself.
+    """
+    matrices = {
+        get_gradient_edge(p).node: k
+        for k, p in enumerate(parameters)
+        if p.dim() == 2 and p.dtype in (torch.float32, torch.float64) and not p._backward_hooks
+    }
+    if not matrices:
+        return {}
+    users: dict[Node, list[Node]] = {}
+    for node in nodes:
+        for child, _ in node.next_functions:
+            if child is not None:
+                users.setdefault(child, []).append(node)
+    found = {}
+    for leaf, k in matrices.items():
+        transposed = _only(users.get(leaf))
+        if transposed is None or transposed.name() != "TBackward0":
+            continue
+        product = _only(users.get(transposed))
+        if product is None or product.name() not in _NODES:
+            continue
+        saved, place = _NODES[product.name()]
+        if product.next_functions[place][0] is transposed and getattr(product, "_saved_alpha", 1) == 1:
+            found[k] = Product(product, int(getattr(product, f"_saved_{saved}_sym_sizes")[0]))
+    return found
+
+
+def _only(nodes: list[Node] | None) -> Node | None:
+    return nodes[0] if nodes is not None and len(nodes) == 1 else None
+
+
+def worth(samples: int, shape: Sequence[int], tasks: int) -> bool:
+    """Whether the products cost less than T written gradients, by a count of operations.
+
+    Writing one gradient, copying it into its row and reading it twice costs about as much per entry as a hundred
+    multiplications of the layer itself; the Gramian of products is taken in float64, at half the speed.
+    """
+    rows, columns = shape
+    written = tasks * (samples + _TRAFFIC) * rows * columns
+    kept = 2 * samples**2 * (columns + tasks * rows) + 2 * tasks**2 * samples * rows + samples * rows * columns
+    return kept + _CALLS < written
+
+
+_TRAFFIC = 100
+_CALLS = 500_000
