@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # two threads under contention are many times slower than one
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test lint bench bench-agreement bench-solvers clean
+.PHONY: demo test lint bench bench-agreement bench-solvers bench-steps clean
 
 demo: .venv/compare
 	$(BIN)/detente compare digits --out runs/demo
@@ -42,13 +42,16 @@ lint: .venv/dev
 BENCH := benchmarks/.venv/bin/python
 BENCH_PIP := $(BENCH) -m pip install --quiet --disable-pip-version-check --constraint benchmarks/constraints.txt
 
-bench: bench-agreement bench-solvers
+bench: bench-agreement bench-solvers bench-steps
 
 bench-agreement: benchmarks/.venv/ready
 	$(BENCH) benchmarks/agreement.py
 
 bench-solvers: benchmarks/.venv/ready
 	$(BENCH) benchmarks/solvers.py
+
+bench-steps: benchmarks/.venv/ready
+	$(BENCH) benchmarks/steps.py
 
 benchmarks/.venv/ready: benchmarks/constraints.txt
 	$(PYTHON) -m venv benchmarks/.venv

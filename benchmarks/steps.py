@@ -21,13 +21,14 @@ import detente
 
 Step = Callable[[Problem], object]
 
-METHODS: dict[str, Callable[[], tj.Aggregator]] = {
+BATCHED = ("a", "e")  # trunks that one batched pass can take
+METHODS: dict[str, Callable[..., tj.Aggregator]] = {
     "gd": tj.Mean,
     "cagrad": lambda: tj.CAGrad(c=0.5),
     "mgda": tj.MGDA,
     "pcgrad": tj.PCGrad,
     "upgrad": tj.UPGrad,
-    "nash_mtl": lambda: tj.NashMTL(n_tasks=0),
+    "nash_mtl": tj.NashMTL,
     "aligned_mtl": tj.AlignedMTL,
 }
 
@@ -57,7 +58,7 @@ def exact(name: str, **options: object) -> Step:
 
 
 def theirs(name: str, count: int, chunk: int | None = None) -> Step:
-    aggregator = tj.NashMTL(n_tasks=count) if name == "nash_mtl" else METHODS[name]()
+    aggregator = METHODS[name](count) if name == "nash_mtl" else METHODS[name]()
 
     def run(problem: Problem) -> None:
         features = problem.features()
@@ -67,11 +68,13 @@ def theirs(name: str, count: int, chunk: int | None = None) -> Step:
     return run
 
 
-def variants(count: int, methods: list[str]) -> dict[str, Step]:
+def variants(count: int, methods: list[str], *, batched: bool) -> dict[str, Step]:
     """Everything that is timed in turn on one problem."""
     found: dict[str, Step] = {"plain": plain, "floor": floor, "features cagrad": exact("cagrad", source="features")}
     for name in methods:
         found[f"detente {name}"] = exact(name)
+        if batched:
+            found[f"detente, batched {name}"] = exact(name, engine="batched")
         found[f"torchjd {name}"] = theirs(name, count)
         found[f"torchjd, chunk 1 {name}"] = theirs(name, count, 1)
     return found
@@ -139,7 +142,7 @@ def main() -> None:
             if count not in WORKLOADS[name].counts:
                 continue
             problem = WORKLOADS[name].build(count)
-            steps = variants(count, chosen.methods)
+            steps = variants(count, chosen.methods, batched=name in BATCHED)
             found = measure(problem, steps, chosen.budget)
             base, bottom = median(found["plain"]), median(found["floor"])
             for variant, values in found.items():
@@ -149,14 +152,28 @@ def main() -> None:
                 )  # fmt: skip
             for method in chosen.methods:
                 mine = median(found[f"detente {method}"])
+                together = median(found.get(f"detente, batched {method}", "-"))
                 peer = median(found[f"torchjd {method}"])
                 serial = median(found[f"torchjd, chunk 1 {method}"])
                 overview.append(
-                    [name, str(count), method, ratio(base / bottom), ratio(mine / bottom), ratio(peer / bottom),
-                     ratio(serial / bottom), ratio(median(found["features cagrad"]) / base)]
+                    [name, str(count), method, ratio(base / bottom), ratio(mine / bottom), ratio(together / bottom),
+                     ratio(peer / bottom), ratio(serial / bottom), ratio(mine / base), ratio(together / base),
+                     ratio(median(found["features cagrad"]) / base)]
                 )  # fmt: skip
                 print(" | ".join(overview[-1]), flush=True)
-    head = ["workload", "T", "method", "plain", "detente", "torchjd", "torchjd, chunk 1", "features / plain"]
+    head = [
+        "workload",
+        "T",
+        "method",
+        "plain",
+        "detente",
+        "detente, batched",
+        "torchjd",
+        "torchjd, chunk 1",
+        "detente / plain",
+        "batched / plain",
+        "features / plain",
+    ]
     text = header("Whole steps: detente and torchjd")
     text += "\n".join(f"- {w.name}: {w.what}" for w in WORKLOADS.values() if w.name in chosen.workloads)
     text += (

@@ -204,3 +204,70 @@ def test_an_unknown_engine_is_an_error_before_anything_is_written():
     with pytest.raises(ValueError, match="engine must be"):
         grads(trunk, heads, x, detente.CAGrad(), "fast")
     assert all(p.grad is None for p in trunk.parameters())
+
+
+BATCHED: dict[str, Callable[[], nn.Module]] = {
+    "layers": lambda: mlp(6, 20, 10, 6),
+    "rectifiers": lambda: nn.Sequential(nn.Linear(6, 9), nn.ReLU(inplace=True), nn.Linear(9, 6), nn.LeakyReLU()),
+    "smooth": lambda: nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 6), nn.SiLU(), nn.Softplus()),
+    "skip": lambda: Parts(lambda s, x: x + s.b(s.a(x).sigmoid()), a=nn.Linear(6, 9), b=nn.Linear(9, 6)),
+    "gate": lambda: Parts(lambda s, x: s.a(x) * s.b(x) / 2 - x, a=nn.Linear(6, 6), b=nn.ELU()),
+    "tied": tied,
+    "shapes": lambda: Parts(
+        lambda s, x: s.a(x).view(-1, 2, 3).transpose(1, 2).reshape(-1, 6)[:, :6].unsqueeze(1).mean(1), a=nn.Linear(6, 6)
+    ),
+    "dropout": lambda: nn.Sequential(mlp(6, 6), nn.Dropout(0.5), mlp(6, 6)),
+    "hook that changes a gradient": lambda: Parts(
+        lambda s, x: s.b(s.grown(s.a(x))), a=mlp(6, 6), b=mlp(6, 6), grown=Grown()
+    ),
+}
+
+
+class Grown(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x.register_hook(lambda g: 2 * g)
+        return x
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize("name", BATCHED)
+def test_batched_is_serial(name, dtype):
+    torch.manual_seed(0)
+    trunk = BATCHED[name]().to(dtype)
+    heads = nn.ModuleList(nn.Linear(6, 2) for _ in range(4)).to(dtype)
+    x = torch.randn(4, 6, dtype=dtype)
+    for method, options in [*((m, {}) for m in METHODS), (detente.CAGrad(), {"granularity": "channel"})]:
+        _, mine = grads(trunk, heads, x, method, "batched", **options)
+        _, theirs = grads(trunk, heads, x, method, "serial", **options)
+        assert_close(mine, theirs, 100 * CLOSE[dtype])
+
+
+def test_a_task_that_uses_a_part_of_the_features_has_zeros_elsewhere():
+    torch.manual_seed(0)
+    left, right = nn.Linear(3, 4), nn.Linear(3, 4)
+    heads = [nn.Linear(4, 1), nn.Linear(4, 1), nn.Linear(4, 1)]
+    found = []
+    for engine in ("batched", "serial"):
+        for p in (left.weight, right.weight):
+            p.grad = None
+        a, b = left(torch.ones(2, 3)).tanh(), right(torch.ones(2, 3)).tanh()
+        losses = [heads[0](a).sum(), (heads[1](a) - heads[1](b)).square().sum(), -heads[2](b).sum()]
+        detente.backward(losses, detente.CAGrad(), shared=[left.weight, right.weight], engine=engine)
+        found.append([left.weight.grad, right.weight.grad])
+    assert_close(found[0], found[1], 1e-5)  # float32
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("norms", {}, "NativeLayerNorm"),
+        ("convolution before", {}, "Convolution"),
+        ("hook on the weight", {}, "has a hook"),
+        ("three layers", {"source": detente.Sampled(1)}, "gradient of every task"),
+    ],
+)
+def test_batched_says_what_it_cannot_do(name, options, reason):
+    trunk, heads, x, _ = problem(name, torch.float64, 4)
+    with pytest.raises(ValueError, match=reason):
+        grads(trunk, heads, x, detente.CAGrad(), "batched", **options)
+    assert all(p.grad is None for p in [*trunk.parameters(), *heads.parameters()])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -20,13 +20,14 @@ class Reach:
         shared: parameters that the method's update is for.
         tasks: for every shared parameter the positions of the losses that reach it.
         own: for every loss, the other leaves it reaches; the heads.
-        nodes: of the graph behind the losses.
+        masks: the nodes of the graph, each after what it feeds on, with the set of losses that reach each: bit t for
+            loss t.
     """
 
     shared: list[Tensor]
     tasks: list[tuple[int, ...]]
     own: list[list[Tensor]]
-    nodes: list[Node]
+    masks: dict[Node, int]
 
 
 def reach(losses: Sequence[Tensor], shared: Iterable[Tensor] | None = None) -> Reach:
@@ -39,9 +40,8 @@ def reach(losses: Sequence[Tensor], shared: Iterable[Tensor] | None = None) -> R
     Raises:
         ValueError: an entry of ``shared`` is not a leaf that requires a gradient.
     """
-    order, masks = _walk(losses)
-    # in a stable order, each with the set of losses that reach it: bit t for loss t
-    leaves = [(node.variable, masks[node]) for node in reversed(order) if node.name() == _LEAF]  # type: ignore[attr-defined]
+    masks = _walk(losses)
+    leaves = [(node.variable, mask) for node, mask in reversed(masks.items()) if node.name() == _LEAF]  # type: ignore[attr-defined]
     if shared is None:
         any_leaf = not any(isinstance(p, Parameter) for p, _ in leaves)
         chosen = {id(p) for p, mask in leaves if mask & (mask - 1) and (any_leaf or isinstance(p, Parameter))}
@@ -57,7 +57,7 @@ def reach(losses: Sequence[Tensor], shared: Iterable[Tensor] | None = None) -> R
                     "Pass model.trunk.parameters(), without frozen ones."
                 )
             chosen.add(id(p))
-    result = Reach([], [], [[] for _ in losses], order)
+    result = Reach([], [], [[] for _ in losses], masks)
     for p, mask in leaves:
         tasks = tuple(t for t in range(len(losses)) if mask >> t & 1)
         if id(p) in chosen:
@@ -88,14 +88,17 @@ class Boundary:
     nested: bool
 
 
-def boundary(losses: Sequence[Tensor]) -> Boundary:
+def boundary(losses: Sequence[Tensor], masks: Mapping[Node, int]) -> Boundary:
     """The features of a step, found from the graph.
+
+    Args:
+        losses: of the step.
+        masks: of its :class:`Reach`.
 
     Raises:
         ValueError: a task uses a shared parameter above the features (tied weights), so that no gradient of the
             features can stand for the gradient of the shared parameters; or a loss is computed from another.
     """
-    order, masks = _walk(losses)
     edges: dict[GradientEdge, int] = {}
     touched: list[list[int]] = [[] for _ in losses]
     for t, loss in enumerate(losses):
@@ -105,8 +108,7 @@ def boundary(losses: Sequence[Tensor]) -> Boundary:
                 f"loss {t} is itself part of what other losses are computed from, so there are no features between "
                 "them. Use source='parameters'."
             )
-    for node in order:
-        mask = masks[node]
+    for node, mask in masks.items():
         if mask & (mask - 1):
             continue
         for child, number in node.next_functions:
@@ -137,7 +139,7 @@ def boundary(losses: Sequence[Tensor]) -> Boundary:
 _LEAF = "torch::autograd::AccumulateGrad"
 
 
-def _walk(losses: Sequence[Tensor]) -> tuple[list[Node], dict[Node, int]]:
+def _walk(losses: Sequence[Tensor]) -> dict[Node, int]:
     """All nodes behind the losses, each after what it feeds on, and the set of losses that reach each."""
     roots: dict[Node, int] = {}
     for t, loss in enumerate(losses):
@@ -161,4 +163,4 @@ def _walk(losses: Sequence[Tensor]) -> tuple[list[Node], dict[Node, int]]:
         for child, _ in node.next_functions:
             if child is not None:
                 masks[child] |= mask
-    return order, masks
+    return masks

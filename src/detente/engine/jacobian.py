@@ -66,6 +66,16 @@ class Jacobian:
             else:
                 torch.cat([_flat(g) for g in parts if g is not None], out=buffer[row])
 
+    def write_all(self, gradients: Sequence[Tensor | None]) -> None:
+        """Write the gradients of all tasks, ``[T, *shape]`` per parameter (``[T, N, o]`` for a product)."""
+        for k, gradient in enumerate(gradients):
+            if k in self.outputs:
+                self.outputs[k] = torch.zeros_like(self.outputs[k]) if gradient is None else gradient
+            elif gradient is None:
+                self.slices[k].zero_()
+            else:
+                self.slices[k].copy_(gradient)
+
     @property
     def buffers(self) -> list[Tensor]:
         """The rows themselves: ``[T, P_k]`` per dtype and device."""

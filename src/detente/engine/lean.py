@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-__all__ = ["Product", "products", "worth"]
+__all__ = ["Product", "obstacle", "products", "worth"]
 
 # what the input of the product is saved as, and which argument the weight is
 _NODES = {"AddmmBackward0": ("mat1", 2), "MmBackward0": ("self", 1)}
@@ -39,7 +39,7 @@ class Product:
         return saved.detach()
 
 
-def products(nodes: Sequence[Node], parameters: Sequence[Tensor]) -> dict[int, Product]:
+def products(nodes: Iterable[Node], parameters: Sequence[Tensor]) -> dict[int, Product]:
     """The weights, by position, that the step behind ``nodes`` uses in one linear layer and nowhere else.
 
     Weights with a hook on their gradient are left out: it must see the gradient itself.
@@ -87,4 +87,38 @@ def worth(samples: int, shape: Sequence[int], tasks: int) -> bool:
 
 
 _TRAFFIC = 100
-_CALLS = 500_000
+_CALLS = 4_000_000  # what the calls themselves take, on the CPU
+
+
+def obstacle(masks: Mapping[Node, int], parameters: Sequence[Tensor]) -> str | None:
+    """What in the shared part of the graph forbids one batched pass for all tasks; None where nothing does.
+
+    PyTorch has batched rules for far more operations. Some of them are slower than a pass per task, one is wrong, and
+    only those listed here are tested.
+    """
+    for k, p in enumerate(parameters):
+        if p._backward_hooks:
+            return f"shared parameter {k} has a hook"
+        if p.dtype not in (torch.float32, torch.float64):
+            return f"shared parameter {k} has dtype {p.dtype}"
+    for node, mask in masks.items():
+        if mask & (mask - 1) and node.name() not in _BATCHED:
+            return f"the trunk has an operation {node.name()}"
+    return None
+
+
+_BATCHED = frozenset(
+    {
+        "torch::autograd::AccumulateGrad",
+        "MeanBackward1",
+        "SumBackward1",
+        *(
+            f"{name}Backward0"
+            for name in (
+                "Add", "Addmm", "Alias", "Clone", "Div", "Elu", "Expand", "Gelu", "LeakyRelu", "Mean", "Mm",
+                "Mul", "Permute", "Relu", "Reshape", "Sigmoid", "Silu", "Slice", "Softplus", "Squeeze", "Sub", "Sum",
+                "T", "Tanh", "Transpose", "UnsafeView", "Unsqueeze", "View",
+            )
+        ),
+    }
+)  # fmt: skip

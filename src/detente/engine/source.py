@@ -113,7 +113,7 @@ class Features:
 
     def __init__(self, losses: list[Tensor], found: Reach) -> None:
         self.found = found
-        edge = boundary(losses)
+        edge = boundary(losses, found.masks)
         self.edges = edge.edges
         taken: list[list[Tensor | None]] = []
         self.heads: list[tuple[Tensor, int, Tensor]] = []
@@ -148,6 +148,23 @@ class Features:
         for p in shared:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
+
+    def pull_each(self, jacobian: Jacobian, products: Mapping[int, Product]) -> None:
+        """Take the gradients of the shared parameters of all tasks in one batched pass through the trunk."""
+        ends = [products[k].output if k in products else p for k, p in enumerate(jacobian.parameters)]
+        edges = [self.edges[k] for k in self.used]
+        reached: list[int] = []
+
+        def pull(*rows: Tensor) -> tuple[Tensor, ...]:
+            taken = torch.autograd.grad(edges, ends, rows, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+            reached[:] = [k for k, gradient in enumerate(taken) if gradient is not None]
+            return tuple(taken[k] for k in reached)
+
+        found = torch.vmap(pull)(*self.jacobian.slices) if edges else ()
+        gradients: list[Tensor | None] = [None] * len(ends)
+        for k, gradient in zip(reached, found, strict=True):
+            gradients[k] = gradient
+        jacobian.write_all(gradients)
 
 
 def _cut(gradients: tuple[Tensor, ...]) -> tuple[None, ...]:
