@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import detente
 from detente.diagnostics import task_gramian
-from detente.engine.graph import boundary
+from detente.engine.graph import Boundary, boundary, reach
 from detente.method import Context, GramianMethod, registry
 from reference import geometry
 from states import plain
@@ -23,6 +23,10 @@ EXACT = {"rtol": 1e-12, "atol": 1e-13}
 # the same behind a solve of a few tasks
 TIGHT = {"rtol": 1e-9, "atol": 1e-12}
 TASKS = ("a", "b", "c")
+
+
+def parting(losses: list[Tensor]) -> Boundary:
+    return boundary(losses, reach(losses).masks)
 
 
 def data(*shape: int, seed: int = 0) -> Tensor:
@@ -189,7 +193,7 @@ class Fixed(GramianMethod):
 def test_the_features_are_found(network):
     forward = network()
     losses = forward.losses()
-    found = boundary(list(losses.values()))
+    found = parting(list(losses.values()))
     wanted = {torch.autograd.graph.get_gradient_edge(z) for z in forward.z}
     assert set(found.edges) == wanted
     assert len(found.edges) == len(wanted)
@@ -198,11 +202,11 @@ def test_the_features_are_found(network):
 
 def test_which_task_touches_which_feature():
     forward = partly()
-    found = boundary(list(forward.losses().values()))
+    found = parting(list(forward.losses().values()))
     low, mid = (found.edges.index(torch.autograd.graph.get_gradient_edge(z)) for z in forward.z)
     assert found.touched == [[low], [mid], [mid]]
     forward = two_features()
-    found = boundary(list(forward.losses().values()))
+    found = parting(list(forward.losses().values()))
     left, right = (found.edges.index(torch.autograd.graph.get_gradient_edge(z)) for z in forward.z)
     assert [sorted(t) for t in found.touched] == [[left], [right], sorted([left, right])]
 
@@ -327,7 +331,7 @@ def test_one_solve_per_feature_or_channel(network, granularity, name):
     """Blocks of the features: each feature, or each index of dimension 1 (dimension 0 is the sample)."""
     forward = network()
     g, losses, z = features_by_hand(forward)
-    order = [boundary(losses).edges.index(torch.autograd.graph.get_gradient_edge(part)) for part in z]
+    order = [parting(losses).edges.index(torch.autograd.graph.get_gradient_edge(part)) for part in z]
     d = [torch.zeros_like(part) for part in z]
     weights: dict[tuple[int, int], Tensor] = {}
     for k, part in enumerate(z):
