@@ -111,6 +111,16 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows), ""])
 
 
+def shown(ms: list[float] | str) -> str:
+    """Median, quartiles and number."""
+    if isinstance(ms, str):
+        return ms
+    if not ms:
+        return "failed"
+    low, middle, high = np.quantile(ms, [0.25, 0.5, 0.75])
+    return f"{middle:.3g} ({low:.3g} to {high:.3g}; {len(ms)})"
+
+
 def publish(name: str, text: str) -> None:
     """Print, and write to ``results``."""
     RESULTS.mkdir(exist_ok=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from common import attempt, header, ours, publish, table  # first: sets the threads
+from common import attempt, header, ours, publish, shown, table  # first: sets the threads
 
 # isort: split
 import numpy as np
@@ -92,16 +92,6 @@ def measure(
     finally:
         gc.enable()
     return ours_ms, theirs_ms or failed
-
-
-def shown(ms: list[float] | str) -> str:
-    """Median, quartiles and number."""
-    if isinstance(ms, str):
-        return ms
-    if not ms:
-        return "failed"
-    low, middle, high = np.quantile(ms, [0.25, 0.5, 0.75])
-    return f"{middle:.3g} ({low:.3g} to {high:.3g}; {len(ms)})"
 
 
 def call_of(method: GramianMethod, T: int) -> Callable[[torch.Tensor, torch.Tensor], Any]:

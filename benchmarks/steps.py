@@ -7,13 +7,16 @@ import gc
 import math
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
-from common import attempt, header, ours, publish, table  # first: sets the threads
+from common import attempt, header, ours, publish, shown, table  # first: sets the threads
 
 # isort: split
 import numpy as np
 import torch
 import torchjd.aggregation as tj
+from pairs import PAIRS
 from torchjd.autojac import jac_to_grad, mtl_backward
 from workloads import WORKLOADS, Problem
 
@@ -22,15 +25,7 @@ import detente
 Step = Callable[[Problem], object]
 
 BATCHED = ("a", "e")  # trunks that one batched pass can take
-METHODS: dict[str, Callable[..., tj.Aggregator]] = {
-    "gd": tj.Mean,
-    "cagrad": lambda: tj.CAGrad(c=0.5),
-    "mgda": tj.MGDA,
-    "pcgrad": tj.PCGrad,
-    "upgrad": tj.UPGrad,
-    "nash_mtl": tj.NashMTL,
-    "aligned_mtl": tj.AlignedMTL,
-}
+METHODS = {p.label: p for p in PAIRS if isinstance(p.theirs(2, False), tj.Aggregator)}
 
 
 def plain(problem: Problem) -> None:
@@ -45,21 +40,11 @@ def floor(problem: Problem) -> None:
         torch.autograd.grad(loss, [*trunk, *problem.heads[t].parameters()], retain_graph=t < len(losses) - 1)
 
 
-def exact(name: str, **options: object) -> Step:
-    method = ours(name)
-    names: dict[int, list[str]] = {}
-
-    def run(problem: Problem) -> None:
-        losses = problem.losses(problem.features())
-        tasks = names.setdefault(len(losses), [str(t) for t in range(len(losses))])
-        detente.backward(dict(zip(tasks, losses, strict=True)), method, **options)  # type: ignore[arg-type]
-
-    return run
+def exact(method: Any, **options: Any) -> Step:
+    return lambda problem: detente.backward(problem.losses(problem.features()), method, **options)
 
 
-def theirs(name: str, count: int, chunk: int | None = None) -> Step:
-    aggregator = METHODS[name](count) if name == "nash_mtl" else METHODS[name]()
-
+def theirs(aggregator: tj.Aggregator, chunk: int | None = None) -> Step:
     def run(problem: Problem) -> None:
         features = problem.features()
         mtl_backward(problem.losses(features), features=features, parallel_chunk_size=chunk)
@@ -70,28 +55,34 @@ def theirs(name: str, count: int, chunk: int | None = None) -> Step:
 
 def variants(count: int, methods: list[str], *, batched: bool) -> dict[str, Step]:
     """Everything that is timed in turn on one problem."""
-    found: dict[str, Step] = {"plain": plain, "floor": floor, "features cagrad": exact("cagrad", source="features")}
-    for name in methods:
-        found[f"detente {name}"] = exact(name)
+    features = exact(ours("cagrad"), source="features")
+    found: dict[str, Step] = {"plain": plain, "floor": floor, "features cagrad": features}
+    for label in methods:
+        pair = METHODS[label]
+        found[f"detente {label}"] = exact(ours(pair.name, **pair.options))
         if batched:
-            found[f"detente, batched {name}"] = exact(name, engine="batched")
-        found[f"torchjd {name}"] = theirs(name, count)
-        found[f"torchjd, chunk 1 {name}"] = theirs(name, count, 1)
+            found[f"detente, batched {label}"] = exact(ours(pair.name, **pair.options), engine="batched")
+        found[f"torchjd {label}"] = theirs(pair.theirs(count, False))
+        found[f"torchjd, chunk 1 {label}"] = theirs(pair.theirs(count, False), 1)
     return found
 
 
 def measure(problem: Problem, steps: dict[str, Step], budget: float) -> dict[str, list[float] | str]:
-    """Seconds of process time per step, all variants in turn; one that fails says how."""
+    """Milliseconds of process time per step, all variants in turn; one that fails says how."""
     found: dict[str, list[float] | str] = {}
 
     def once(step: Step) -> float:
         problem.zero_grad(set_to_none=True)
         begun = time.process_time()
         step(problem)
-        return time.process_time() - begun
+        return 1e3 * (time.process_time() - begun)
+
+    def twice(step: Step) -> None:
+        once(step)
+        once(step)
 
     for name, step in steps.items():
-        tried = attempt(lambda step=step: [once(step) for _ in range(2)], 60.0)  # type: ignore[misc]
+        tried = attempt(partial(twice, step), 60.0)
         found[name] = tried if isinstance(tried, str) else []
     gc.collect()
     gc.disable()
@@ -116,13 +107,6 @@ def median(values: list[float] | str) -> float:
     return math.nan if isinstance(values, str) else float(np.median(values))
 
 
-def shown(values: list[float] | str) -> str:
-    if isinstance(values, str):
-        return values
-    low, middle, high = (1e3 * float(np.quantile(values, q)) for q in (0.25, 0.5, 0.75))
-    return f"{middle:.3g} ({low:.3g} to {high:.3g}; {len(values)})"
-
-
 def ratio(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.2f}"
 
@@ -130,9 +114,9 @@ def ratio(value: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
-    parser.add_argument("--methods", nargs="+", default=["cagrad"], choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=["cagrad(c=0.5)"], choices=list(METHODS))
     parser.add_argument("--counts", nargs="+", type=int, default=[2, 3, 10, 40])
-    parser.add_argument("--budget", type=float, default=20.0, help="seconds for each workload and number of tasks")
+    parser.add_argument("--budget", type=float, default=8.0, help="seconds for each workload and number of tasks")
     parser.add_argument("--name", default="steps.md", help="name of the file in results/; '-' prints only")
     chosen = parser.parse_args()
     overview: list[list[str]] = []

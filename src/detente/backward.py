@@ -14,7 +14,7 @@ from torch import Tensor
 from detente.engine.graph import Reach, reach
 from detente.engine.jacobian import Jacobian
 from detente.engine.lean import Product, obstacle, products, worth
-from detente.engine.source import Features, Row, Sampled, every_task, spread, take
+from detente.engine.source import Features, Row, Sampled, every_task, spread, take, trunk_rows
 from detente.gramian import Partition
 from detente.method import (
     Context,
@@ -301,9 +301,10 @@ def _projected(
         if together is not None:
             heads = together.heads
             together.pull_each(jacobian, kept)
-        for r, row in enumerate(rows if together is None else ()):
-            last = r == len(rows) - 1
-            heads += take(jacobian, r, row, tensors, found, method.heads, last=last, products=kept)
+        else:
+            for r, row in enumerate(rows):
+                last = r == len(rows) - 1
+                heads += take(jacobian, r, row, tensors, found, method.heads, kept, last=last)
 
     raw = jacobian.gramian(partition)
     cross = _cross(jacobian, others, found, partition).to(raw.device) if others else raw[:0]
@@ -406,12 +407,7 @@ def _cross(jacobian: Jacobian, others: list[dict[str, Tensor]], found: Reach, pa
     """Products ``[B, T, T]`` of the gradients on two further batches, or on this and one further batch."""
     taken = [jacobian]
     for batch in others:
-        tensors = list(batch.values())
-        trunk = replace(found, own=[[] for _ in tensors])
-        rows = Jacobian(found.shared, len(tensors))
-        for t, row in enumerate(every_task(len(tensors))):
-            take(rows, t, row, tensors, trunk, "own", last=t == len(tensors) - 1)
-        taken.append(rows)
+        taken.append(trunk_rows(list(batch.values()), found, keep=False))
     return taken[-2].gramian(partition, taken[-1])
 
 

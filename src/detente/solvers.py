@@ -140,7 +140,7 @@ def _positions(array: Array) -> Array:
 
 
 def _finished(done: Array) -> bool:
-    """Whether a loop may end: known on the host only."""
+    """Whether all is true, so that work may be left out: known on the host only."""
     return not isinstance(done, Tensor) and np.count_nonzero(done) == done.size
 
 

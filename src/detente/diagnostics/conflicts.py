@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
 from detente.backward import named_losses
-from detente.engine.graph import Reach, reach
-from detente.engine.jacobian import Jacobian
-from detente.engine.source import every_task, take
+from detente.engine.graph import reach
+from detente.engine.source import trunk_rows
 from detente.gramian import Partition
 
 __all__ = ["task_gramian"]
@@ -40,13 +38,4 @@ def task_gramian(
     found = reach(tensors, shared)
     if not found.shared:
         return None
-    return rows_of(tensors, found).gramian(Partition.by_model(found.shared))[0].cpu()
-
-
-def rows_of(losses: list[Tensor], found: Reach) -> Jacobian:
-    """The tasks' gradients of the shared parameters, one backward pass each, without the heads'."""
-    trunk = replace(found, own=[[] for _ in losses])
-    rows = Jacobian(found.shared, len(losses))
-    for t, row in enumerate(every_task(len(losses))):
-        take(rows, t, row, losses, trunk, "own", last=False)
-    return rows
+    return trunk_rows(tensors, found, keep=True).gramian(Partition.by_model(found.shared))[0].cpu()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from detente.engine.graph import Reach, boundary
 from detente.engine.jacobian import Jacobian
 from detente.engine.lean import Product
 
-__all__ = ["Features", "Row", "Sampled", "every_task", "spread", "take"]
+__all__ = ["Features", "Row", "Sampled", "every_task", "spread", "take", "trunk_rows"]
 
 
 @dataclass(frozen=True)
@@ -156,6 +155,7 @@ class Features:
         reached: list[int] = []
 
         def pull(*rows: Tensor) -> tuple[Tensor, ...]:
+            # PyTorch's annotation wants tensors or edges alone; it takes both together
             taken = torch.autograd.grad(edges, ends, rows, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
             reached[:] = [k for k, gradient in enumerate(taken) if gradient is not None]
             return tuple(taken[k] for k in reached)
@@ -178,9 +178,9 @@ def take(
     losses: list[Tensor],
     found: Reach,
     convention: str,
+    products: Mapping[int, Product],
     *,
     last: bool,
-    products: Mapping[int, Product] = MappingProxyType({}),
 ) -> list[tuple[Tensor, int, Tensor]]:
     """Backpropagate one row: its gradient goes into J; those of its heads are returned as ``(parameter, r, gradient)``.
 
@@ -197,6 +197,7 @@ def take(
     def pull(inputs: Sequence[Tensor | GradientEdge], factors: list[Tensor], keep: bool) -> Sequence[Tensor | None]:
         if not inputs:
             return ()
+        # tensors and edges together, as in Features.pull_each
         return torch.autograd.grad(outputs, inputs, factors, retain_graph=keep, allow_unused=True)  # type: ignore[arg-type]
 
     if len(row.tasks) == 1 or convention == "weighted":
@@ -215,3 +216,18 @@ def take(
         gradients[k] = gradient
     jacobian.write(r, gradients)
     return [(p, r, g) for p, g in zip(own, head_gradients, strict=True) if g is not None]
+
+
+def trunk_rows(losses: list[Tensor], found: Reach, *, keep: bool) -> Jacobian:
+    """The tasks' gradients of the shared parameters, one backward pass each, without the heads'.
+
+    Args:
+        losses: of the step, or of another batch with the same tasks.
+        found: its shared parameters.
+        keep: whether the graph is needed afterwards.
+    """
+    trunk = replace(found, own=[[] for _ in losses])
+    rows = Jacobian(found.shared, len(losses))
+    for t, row in enumerate(every_task(len(losses))):
+        take(rows, t, row, losses, trunk, "own", {}, last=not keep and t == len(losses) - 1)
+    return rows
