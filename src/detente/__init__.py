@@ -7,7 +7,7 @@ One line instead of ``loss.backward()``::
 
 from detente import methods, nn
 from detente.backward import aggregate, backward
-from detente.engine.source import Sampled
+from detente.engine.source import Every, Sampled
 from detente.method import GramianMethod, LossWeighting, Method, Update, cite, get_method, list_methods
 from detente.methods import *  # noqa: F403
 from detente.step import step
@@ -15,6 +15,7 @@ from detente.step import step
 __version__ = "0.1.0"
 
 __all__ = [
+    "Every",
     "GramianMethod",
     "LossWeighting",
     "Method",

@@ -14,7 +14,7 @@ from torch import Tensor
 from detente.engine.graph import Reach, reach
 from detente.engine.jacobian import Jacobian
 from detente.engine.lean import Product, obstacle, products, worth
-from detente.engine.source import Features, Row, Sampled, every_task, spread, take, trunk_rows
+from detente.engine.source import Every, Features, Row, Sampled, every_task, mixed, spread, take, trunk_rows
 from detente.gramian import Partition
 from detente.method import (
     Context,
@@ -37,7 +37,7 @@ def backward(
     method: Method,
     *,
     shared: Iterable[Tensor] | None = None,
-    source: str | Sampled = "parameters",
+    source: str | Sampled | Every = "parameters",
     granularity: str | None = None,
     weighting: LossWeighting | None = None,
     scale: float = 1.0,
@@ -58,7 +58,8 @@ def backward(
             shared unless you say so, and every parameter gets its plain gradient.
         source: ``"parameters"`` (the gradients of all tasks), ``"features"`` (those of the values at which the tasks
             part, found from the graph: one pass through the trunk instead of T, an approximation that the papers call
-            the upper bound), or :class:`detente.Sampled`.
+            the upper bound), :class:`detente.Sampled`, or :class:`detente.Every` (the coefficients of one step for
+            the next k - 1 as well).
         granularity: ``"model"``, ``"layer"`` (one set of coefficients per parameter tensor, or per feature) or
             ``"channel"`` (per index of the parameter's first dimension, of a feature's second); None is the method's
             own.
@@ -103,7 +104,7 @@ def run(
     losses: Losses,
     method: Method,
     shared: Iterable[Tensor] | None = None,
-    source: str | Sampled = "parameters",
+    source: str | Sampled | Every = "parameters",
     granularity: str | None = None,
     weighting: LossWeighting | None = None,
     scale: float = 1.0,
@@ -128,7 +129,7 @@ def _run(
     named: dict[str, Tensor],
     method: Method,
     shared: Iterable[Tensor] | None,
-    source: str | Sampled,
+    source: str | Sampled | Every,
     granularity: str | None,
     weighting: LossWeighting | None,
     scale: float,
@@ -139,8 +140,10 @@ def _run(
     one_of("engine", engine, ("auto", "serial", "batched", "lean"))
     if weighting is not None and not isinstance(weighting, LossWeighting):
         raise TypeError(f"weighting must be a loss weighting such as detente.DWA(); got {weighting!r}.")
-    if not isinstance(source, Sampled) and source not in ("parameters", "features"):
-        raise ValueError(f"source must be 'parameters', 'features' or detente.Sampled(n); got {source!r}.")
+    if not isinstance(source, Sampled | Every) and source not in ("parameters", "features"):
+        raise ValueError(
+            f"source must be 'parameters', 'features', detente.Sampled(n) or detente.Every(k); got {source!r}."
+        )
     if granularity is not None:
         one_of("granularity", granularity, ("model", "layer", "channel"))
     if not isinstance(scale, int | float) or not (math.isfinite(scale) and scale > 0):
@@ -153,6 +156,9 @@ def _run(
             )
         return _weighted(named, method, found, weighting, scale)
     assert isinstance(method, GramianMethod)
+    every, source = (source, source.source) if isinstance(source, Every) else (None, source)
+    if every is not None:
+        _check_reuse(method, found)
     if source == "features":
         if shared is not None:
             raise ValueError("source='features' finds the shared part from the graph; leave `shared` out.")
@@ -166,7 +172,23 @@ def _run(
             f"{method.name} weights the losses itself ({method.own_weighting.name}); leave `weighting` out."
         )
     weighting = weighting or method.own_weighting
-    return _projected(named, method, found, source, granularity, weighting, scale, engine, others)
+    if every is not None and found.shared and not every.due(tuple(named)):
+        return _reused(named, method, found, every, weighting, scale)
+    return _projected(named, method, found, source, granularity, weighting, scale, engine, others, every)
+
+
+def _check_reuse(method: GramianMethod, found: Reach) -> None:
+    if method.transforms or method.per_parameter:
+        raise ValueError(
+            f"{method.name} rewrites the task gradients or follows them from step to step, so its coefficients say "
+            "nothing without them. Leave detente.Every out."
+        )
+    own = [id(p) for leaves in found.own for p in leaves]
+    if method.heads == "own" and len(set(own)) < len(own):
+        raise ValueError(
+            "source=detente.Every(...) takes all losses in one pass, and a parameter that is not listed in `shared` is "
+            "reached by several of them. List it, or leave `shared` out."
+        )
 
 
 def named_losses(losses: Losses) -> dict[str, Tensor]:
@@ -246,6 +268,34 @@ def _weighted(
     return Update(dict(zip(named, weights, strict=True)), None, stats)
 
 
+def _reused(
+    named: dict[str, Tensor],
+    method: GramianMethod,
+    found: Reach,
+    every: Every,
+    weighting: LossWeighting | None,
+    scale: float,
+) -> Update:
+    """A step with the coefficients of an earlier one: one pass for all tasks."""
+    losses = _values(named, scale).cpu()
+    if scale == 1.0:
+        check_finite(dict(zip(named, losses, strict=True)))
+    context = Context(tuple(named), losses=losses)
+    method.check(context)
+    finite = bool(losses.isfinite().all())
+    first = _first(weighting if finite else None, context)
+    kept = torch.tensor([every.coefficients[task] if finite else math.nan for task in named], dtype=torch.float64)
+    heads = first * kept if method.heads == "weighted" else first
+    inner = torch.ones_like(kept) if method.heads == "weighted" else kept
+    _accumulate(mixed(list(named.values()), found, heads.tolist(), inner.tolist()))
+    for p in found.shared:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    every.reused += finite
+    stats = {"backwards": 1, "reused": every.reused, **context.stats}
+    return Update(dict(zip(named, kept * first, strict=True)), None, stats)
+
+
 def _first(weighting: LossWeighting | None, context: Context) -> Tensor:
     """Weights of the losses before the method sees them."""
     assert context.losses is not None
@@ -264,6 +314,7 @@ def _projected(
     scale: float,
     engine: str,
     others: list[dict[str, Tensor]],
+    every: Every | None,
 ) -> Update:
     tasks, tensors = tuple(named), list(named.values())
     if not found.shared:
@@ -290,9 +341,9 @@ def _projected(
     if source == "features":
         features = Features(tensors, found)
         jacobian, heads = features.jacobian, features.heads
-        partition = _partition(method, jacobian.parameters, tasks, granularity, features=True)
+        partition = _partition(method, jacobian.parameters, tasks, granularity, every, features=True)
     else:
-        partition = _partition(method, found.shared, tasks, granularity)
+        partition = _partition(method, found.shared, tasks, granularity, every)
         if engine != "serial" and not (others or method.transforms or method.per_parameter):
             kept = _products(found, partition, len(rows), always=engine == "lean")
         together = _together(tensors, found, rows) if engine == "batched" else None
@@ -358,6 +409,11 @@ def _projected(
     }
     if len(rows) < len(tasks):
         stats["sampled"] = [tasks[row.tasks[0]] for row in rows[:-1]]
+    if every is not None:
+        stats["reused"] = 0
+        coefficients = spread(torch.where(first == 0, 0.0, weights[0] / first), rows, len(tasks))
+        if finite and bool(coefficients.isfinite().all()):
+            every.keep(dict(zip(tasks, coefficients.tolist(), strict=True)))
     by_task = spread(weights[0] if partition.count == 1 else weights, rows, len(tasks))
     return Update({task: by_task[..., t] for t, task in enumerate(tasks)}, total, stats)
 
@@ -387,6 +443,7 @@ def _partition(
     parameters: Sequence[Tensor],
     tasks: tuple[str, ...],
     granularity: str | None,
+    every: Every | None,
     *,
     features: bool = False,
 ) -> Partition:
@@ -395,6 +452,11 @@ def _partition(
         partition = Partition.by_channel(parameters, dim=1)  # dimension 0 of a feature is the sample
     else:
         partition = method.partition(parameters, tasks, chosen)
+    if every is not None and partition.count > 1:
+        raise ValueError(
+            f"source=detente.Every(...) reuses one coefficient per task, and {partition.count} blocks have one each. "
+            "Use granularity='model'."
+        )
     if method.heads == "weighted" and partition.count > 1:
         raise ValueError(
             f"{method.name} weights the heads' losses by the tasks' coefficients, and {partition.count} blocks have "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from detente.backward import check_finite, named_losses, run
-from detente.engine.source import Sampled
+from detente.engine.source import Every, Sampled
 from detente.method import LossWeighting, Method, Update, require_method
 
 __all__ = ["Closure", "step"]
@@ -28,7 +28,7 @@ def step(
     method: Method,
     *,
     shared: Iterable[Tensor] | None = None,
-    source: str | Sampled = "parameters",
+    source: str | Sampled | Every = "parameters",
     granularity: str | None = None,
     weighting: LossWeighting | None = None,
     engine: str = "auto",

@@ -1,20 +1,20 @@
-"""Which gradients a step takes: of the parameters or of the features, of every task or of sampled ones."""
+"""Which gradients a step takes: of the parameters or of the features, of every task or of sampled ones, or none."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from detente.engine.graph import Reach, boundary
 from detente.engine.jacobian import Jacobian
 from detente.engine.lean import Product
 
-__all__ = ["Features", "Row", "Sampled", "every_task", "spread", "take", "trunk_rows"]
+__all__ = ["Every", "Features", "Row", "Sampled", "every_task", "mixed", "spread", "take", "trunk_rows"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,71 @@ class Sampled:
             *(Row((t,), (1.0,)) for t in drawn),
             Row(tuple(rest), tuple(float(shares[t]) / total for t in rest)),
         ]
+
+
+class Every:
+    """Take the task gradients on every k-th step only, and reuse the coefficients that they gave in between.
+
+    A step in between is one forward and one backward pass of all losses together, as without any method: what the
+    tasks' own layers pass on into the shared ones is multiplied by the tasks' coefficients. In the mean a step costs
+    ``1 + (E - 1) / k`` plain steps, where a step of the inner source costs E. A task that comes without a coefficient
+    makes its step a fresh one. The method, and what it remembers of the losses, sees fresh steps alone; a
+    ``weighting`` sees all.
+
+    Use one object for one training loop, and save it with the method.
+
+    Args:
+        k: steps from one fresh step to the next, at least 1.
+        source: of the fresh steps: ``"parameters"``, ``"features"`` or :class:`Sampled`.
+
+    Raises:
+        ValueError: ``k`` is below 1, or ``source`` is none of these.
+
+    Example:
+        >>> import torch, detente
+        >>> x, source = torch.ones(2, requires_grad=True), detente.Every(2)
+        >>> for _ in range(3):
+        ...     losses = [(x * k).sum() ** 2 for k in (1.0, -2.0, 3.0)]
+        ...     print(detente.backward(losses, detente.CAGrad(), source=source).stats["backwards"])
+        3
+        1
+        3
+    """
+
+    def __init__(self, k: int, source: str | Sampled = "parameters") -> None:
+        if not isinstance(k, int) or k < 1:
+            raise ValueError(f"Every(k) needs a whole number k >= 1 of steps; got {k!r}.")
+        if not isinstance(source, Sampled) and source not in ("parameters", "features"):
+            raise ValueError(
+                f"Every(k, source): source must be 'parameters', 'features' or Sampled(n); got {source!r}."
+            )
+        self.k = k
+        self.source = source
+        self.reused = 0
+        self.coefficients: dict[str, float] = {}
+
+    def due(self, tasks: Sequence[str]) -> bool:
+        """Whether a step with these tasks takes their gradients."""
+        return self.reused + 1 >= self.k or any(task not in self.coefficients for task in tasks)
+
+    def keep(self, coefficients: dict[str, float]) -> None:
+        """Take over the coefficients of a fresh step."""
+        self.coefficients = coefficients
+        self.reused = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Coefficients by task, the number of steps that used them, and the state of a :class:`Sampled` source."""
+        state: dict[str, Any] = {"coefficients": dict(self.coefficients), "reused": self.reused}
+        if isinstance(self.source, Sampled):
+            state["source"] = self.source.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a saved state."""
+        if isinstance(self.source, Sampled):
+            self.source.load_state_dict(state["source"])
+        self.keep(dict(state["coefficients"]))
+        self.reused = state["reused"]
 
 
 def spread(weights: Tensor, rows: Sequence[Row], count: int) -> Tensor:
@@ -169,6 +234,53 @@ class Features:
 
 def _cut(gradients: tuple[Tensor, ...]) -> tuple[None, ...]:
     return (None,) * len(gradients)
+
+
+def mixed(
+    losses: list[Tensor], found: Reach, factors: Sequence[float], coefficients: Sequence[float]
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """The gradients of all leaves in one pass, by ``id``: of the heads and, mixed, of the shared parameters.
+
+    Args:
+        losses: of the step.
+        found: the leaves behind them. No leaf may be some task's own that another task reaches too.
+        factors: of the losses.
+        coefficients: by which each task's gradient is multiplied where it enters the shared part of the graph.
+    """
+    hooks = []
+    for node, mask in found.masks.items():
+        if mask & (mask - 1):
+            continue
+        entering = [k for k, (child, _) in enumerate(node.next_functions) if child is not None and _many(found, child)]
+        if entering:
+            hooks.append(node.register_hook(_scaling(entering, coefficients[mask.bit_length() - 1])))
+    try:
+        starts = [
+            torch.full_like(loss, f * c if _many(found, get_gradient_edge(loss).node) else f)
+            for loss, f, c in zip(losses, factors, coefficients, strict=True)
+        ]
+        leaves = [*found.shared, *{id(p): p for own in found.own for p in own}.values()]
+        taken = torch.autograd.grad(losses, leaves, starts, allow_unused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    gradients = {id(p): (p, g) for p, g in zip(leaves, taken, strict=True) if g is not None}
+    for p, tasks in zip(found.shared, found.tasks, strict=True):
+        if len(tasks) == 1 and id(p) in gradients:  # declared shared, and reached by one task alone
+            gradients[id(p)] = (p, gradients[id(p)][1] * coefficients[tasks[0]])
+    return gradients
+
+
+def _many(found: Reach, node: Node) -> bool:
+    mask = found.masks[node]
+    return mask & (mask - 1) != 0
+
+
+def _scaling(positions: list[int], factor: float) -> Callable[..., tuple[Tensor | None, ...]]:
+    def scale(inputs: tuple[Tensor | None, ...], outputs: object) -> tuple[Tensor | None, ...]:
+        return tuple(g * factor if k in positions and g is not None else g for k, g in enumerate(inputs))
+
+    return scale
 
 
 def take(
