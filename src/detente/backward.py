@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detente.engine.grad import accumulate, pull
 from detente.engine.graph import Reach, reach
 from detente.engine.jacobian import Jacobian
 from detente.engine.lean import Product, obstacle, products, worth
@@ -262,8 +263,7 @@ def _weighted(
     tensors = list(named.values())
     leaves = [*found.shared, *{id(p): p for own in found.own for p in own}.values()]
     factors = [w.to(loss.device, loss.dtype).reshape(loss.shape) for w, loss in zip(weights, tensors, strict=True)]
-    gradients = torch.autograd.grad(tensors, leaves, factors, allow_unused=True)
-    _accumulate({id(p): (p, g) for p, g in zip(leaves, gradients, strict=True) if g is not None})
+    pull(tensors, factors, leaves)
     stats = {"backwards": 1, **context.stats}
     return Update(dict(zip(named, weights, strict=True)), None, stats)
 
@@ -287,10 +287,7 @@ def _reused(
     kept = torch.tensor([every.coefficients[task] if finite else math.nan for task in named], dtype=torch.float64)
     heads = first * kept if method.heads == "weighted" else first
     inner = torch.ones_like(kept) if method.heads == "weighted" else kept
-    _accumulate(mixed(list(named.values()), found, heads.tolist(), inner.tolist()))
-    for p in found.shared:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
+    mixed(list(named.values()), found, heads.tolist(), inner.tolist())
     every.reused += finite
     stats = {"backwards": 1, "reused": every.reused, **context.stats}
     return Update(dict(zip(named, kept * first, strict=True)), None, stats)
@@ -386,7 +383,7 @@ def _projected(
     weights, updates = _resolve(jacobian, method, blocks, partition, context, first, scale, finite)
 
     if features is None:
-        _accumulate({id(p): (p, u) for p, u in zip(found.shared, updates, strict=True)}, ours=True)
+        accumulate({id(p): (p, u) for p, u in zip(found.shared, updates, strict=True)}, ours=True)
     else:
         features.pull(updates)
     gradients: dict[int, tuple[Tensor, Tensor]] = {}
@@ -397,7 +394,7 @@ def _projected(
         factor = float(weights[0, r] if weighted else first[r])
         scaled = gradient if factor == 1 else gradient * factor
         gradients[id(p)] = (p, gradients[id(p)][1] + scaled if id(p) in gradients else scaled)
-    _accumulate(gradients)
+    accumulate(gradients)
 
     total = blocks.sum(0)
     stats: dict[str, Any] = {
@@ -495,22 +492,6 @@ def _resolve(
     method.transform(jacobian.buffers, context)
     weights = method.weights(jacobian.gramian(partition).cpu(), context)
     return weights * first, jacobian.combine(weights * scale, partition)
-
-
-def _accumulate(gradients: Mapping[int, tuple[Tensor, Tensor]], *, ours: bool = False) -> None:
-    """Add to ``.grad`` as autograd does, in the memory format of the parameter.
-
-    With ``ours`` nobody else has the gradients, and one that is laid out as its parameter becomes its ``.grad``. What
-    autograd returns may be one tensor for two parameters.
-    """
-    for p, gradient in gradients.values():
-        gradient = gradient.detach()
-        if p.grad is not None:
-            p.grad.add_(gradient)
-        elif gradient.layout != torch.strided or (ours and gradient.stride() == p.stride()):
-            p.grad = gradient
-        else:
-            p.grad = torch.empty_like(p).copy_(gradient)
 
 
 def aggregate(jacobian: Tensor, method: Method, losses: Sequence[float] | Tensor | None = None) -> Tensor:

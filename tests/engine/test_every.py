@@ -236,3 +236,36 @@ def test_the_number_of_steps_is_a_positive_whole_number(wrong):
 def test_the_inner_source_is_one_that_takes_gradients(wrong):
     with pytest.raises(ValueError, match="source must be"):
         detente.Every(2, wrong)
+
+
+class Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise RuntimeError("no gradient from here")
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("what", ["reused", "features", "weighting"])
+def test_a_pass_that_fails_half_way_writes_nothing(what, kept):
+    net = Net("plain")
+    every = detente.Every(5)
+    method = detente.RLW() if what == "weighting" else detente.CAGrad()
+    source = {"reused": every, "features": "features", "weighting": "parameters"}[what]
+    if kept or what == "reused":
+        detente.backward(net.losses(X), method, source=source)
+    if not kept:
+        net.zero_grad()
+    before = net.named()
+    high = net.b(Fails.apply(net.a(X)).tanh()).tanh()
+    losses = {"abc"[t]: (head(high) - t).square().mean() for t, head in enumerate(net.heads)}
+    with pytest.raises(RuntimeError, match="no gradient from here"):
+        detente.backward(losses, method, source=source)
+    for name, grad in net.named().items():
+        assert (grad is None) == (before[name] is None)
+        assert grad is None or torch.equal(grad, before[name])
+    if what == "reused":
+        assert every.reused == 0

@@ -59,8 +59,21 @@ def hooked() -> nn.Module:
 
 ATTENTION = {"d_model": 6, "nhead": 2, "dim_feedforward": 9, "dropout": 0.0, "batch_first": True}
 
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * gradient
+
+
 # trunk, shape of the input, number of weights that can be kept as products
-TRUNKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+TRUNKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int | None]] = {
     "one layer": (lambda: mlp(6, 6), (4, 6), 1),
     "three layers": (lambda: mlp(6, 20, 10, 6), (4, 6), 3),
     "no bias": (lambda: mlp(6, 20, 6, bias=False), (4, 6), 2),
@@ -86,6 +99,69 @@ TRUNKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
         lambda: Parts(lambda s, x: checkpoint(s.a, x, use_reentrant=False), a=mlp(6, 9, 6)), (4, 6), 2),
     "encoder layer": (lambda: nn.TransformerEncoderLayer(**ATTENTION), (2, 5, 6), 4),
     "recurrent": (lambda: Parts(lambda s, x: s.a(x)[0], a=nn.GRU(6, 6, batch_first=True)), (2, 3, 6), 1),
+    "transposed convolution": (
+        lambda: nn.Sequential(nn.ConvTranspose1d(1, 2, 3), nn.Flatten(), nn.Linear(16, 6)), (4, 1, 6), 1),
+    "grouped convolution": (
+        lambda: nn.Sequential(nn.Conv1d(4, 6, 3, groups=2, bias=False), nn.Flatten(), nn.Linear(24, 6)), (3, 4, 6), 1),
+    "depthwise, dilated, two dimensions": (
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3, groups=2, dilation=2, padding=1), nn.ReLU(), nn.AvgPool2d(2),
+                              nn.Flatten(), nn.Linear(16, 6)), (3, 2, 6, 6), 1),
+    "three dimensions": (
+        lambda: nn.Sequential(nn.Conv3d(1, 2, 2), nn.MaxPool3d(2), nn.Flatten(), nn.LazyLinear(6)),
+        (2, 1, 3, 5, 5), 1),
+    "batch norm": (lambda: nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 6)), (4, 6), 2),
+    "batch norm in evaluation": (
+        lambda: nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9).eval(), nn.Linear(9, 6)), (4, 6), 2),
+    "group norm": (
+        lambda: nn.Sequential(nn.Conv1d(2, 4, 1), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(12, 6)), (4, 2, 3), 1),
+    "instance norm": (
+        lambda: nn.Sequential(nn.Conv1d(2, 4, 1), nn.InstanceNorm1d(4, affine=True), nn.Tanh(), nn.Flatten(),
+                              nn.Linear(12, 6)), (4, 2, 3), 1),
+    "rms norm": (lambda: nn.Sequential(nn.Linear(6, 9), nn.RMSNorm(9), nn.Linear(9, 6)), (4, 6), 2),
+    "spectral norm": (
+        lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 9)), nn.Linear(9, 6)).eval(),
+        (4, 6), 1),
+    "lstm": (lambda: Parts(lambda s, x: s.a(x)[0], a=nn.LSTM(6, 6, batch_first=True)), (2, 3, 6), None),  # PyTorch fuses it in float32
+    "recurrent, both directions": (
+        lambda: Parts(lambda s, x: s.b(s.a(x)[1][-1]), a=nn.RNN(6, 5, bidirectional=True, batch_first=True),
+                      b=nn.Linear(5, 6)), (2, 3, 6), 3),
+    "lstm cell over time": (
+        lambda: Parts(lambda s, x: s.a(x[:, 1], s.a(x[:, 0]))[0], a=nn.LSTMCell(6, 6)), (3, 2, 6), 0),
+    "attention, SDPA": (
+        lambda: Parts(lambda s, x: nn.functional.scaled_dot_product_attention(s.q(x), s.k(x), s.v(x)),
+                      q=nn.Linear(6, 6), k=nn.Linear(6, 6), v=nn.Linear(6, 6)), (2, 5, 6), 3),
+    "attention, by hand": (
+        lambda: Parts(lambda s, x: (s.q(x) @ s.k(x).mT).softmax(-1) @ s.v(x),
+                      q=nn.Linear(6, 6), k=nn.Linear(6, 6), v=nn.Linear(6, 6)), (2, 5, 6), 3),
+    "attention module": (
+        lambda: Parts(lambda s, x: s.a(x, x, x)[0], a=nn.MultiheadAttention(6, 2, batch_first=True)), (2, 5, 6), 2),
+    "decoder layer": (lambda: Parts(lambda s, x: s.a(x, x), a=nn.TransformerDecoderLayer(**ATTENTION)), (2, 5, 6), 5),
+    "embedding tied to the output": (
+        lambda: Parts(lambda s, x: s.a((x > 0).long()).mean(1) @ s.a.weight.T @ s.b.weight, a=nn.Embedding(2, 5),
+                      b=nn.Linear(6, 2, bias=False)), (4, 6), 0),
+    "bag of embeddings": (
+        lambda: Parts(lambda s, x: s.b(s.a((x > 0).long())), a=nn.EmbeddingBag(2, 5), b=nn.Linear(5, 6)), (4, 6), 1),
+    "weights shared by two layers": (
+        lambda: Parts(lambda s, x: nn.functional.linear(s.a(x).tanh(), s.a.weight, s.b.bias), a=nn.Linear(6, 6),
+                      b=nn.Linear(1, 6)), (4, 6), 0),
+    "bilinear": (lambda: Parts(lambda s, x: s.a(x, x), a=nn.Bilinear(6, 6, 6)), (4, 6), 0),
+    "einsum": (
+        lambda: Parts(lambda s, x: torch.einsum("ni,oi->no", x, s.a.weight) + s.a.bias, a=nn.Linear(6, 6)), (4, 6), 0),
+    "mixture of experts": (
+        lambda: Parts(lambda s, x: s.g(x).softmax(-1)[:, :1] * s.a(x) + s.g(x)[:, 1:] * s.b(x), a=mlp(6, 6),
+                      b=mlp(6, 6), g=nn.Linear(6, 2)), (4, 6), 2),
+    "in place on the features": (
+        lambda: Parts(lambda s, x: s.a(x).mul_(2).add_(1).clamp_(-1, 1), a=nn.Linear(6, 6)), (4, 6), 1),
+    "custom function": (lambda: Parts(lambda s, x: Cube.apply(s.a(x)), a=nn.Linear(6, 6)), (4, 6), 1),
+    "custom function on the weight": (
+        lambda: Parts(lambda s, x: nn.functional.linear(x, Cube.apply(s.a.weight), s.a.bias), a=nn.Linear(6, 6)),
+        (4, 6), 0),
+    "complex in between": (
+        lambda: Parts(lambda s, x: s.b(torch.fft.rfft(s.a(x)).abs()), a=nn.Linear(6, 6), b=nn.Linear(4, 6)),
+        (4, 6), 2),
+    "complex parameter": (
+        lambda: Parts(lambda s, x: s.a((torch.view_as_complex(s.w.weight) * x).abs()), a=nn.Linear(6, 6),
+                      w=nn.Embedding(6, 2)), (4, 6), 1),
     "frozen weight": (
         lambda: Parts(lambda s, x: s.b(s.a(x)), a=mlp(6, 6).requires_grad_(False), b=mlp(6, 6)), (4, 6), 1),
 }  # fmt: skip
@@ -104,7 +180,7 @@ def grads(
     return update, [p.grad for p in parameters]
 
 
-def problem(name: str, dtype: torch.dtype, tasks: int = 3) -> tuple[nn.Module, nn.ModuleList, Tensor, int]:
+def problem(name: str, dtype: torch.dtype, tasks: int = 3) -> tuple[nn.Module, nn.ModuleList, Tensor, int | None]:
     torch.manual_seed(0)
     build, shape, count = TRUNKS[name]
     trunk = build().to(dtype)
@@ -126,7 +202,7 @@ def test_lean_is_serial(name, dtype):
     for method in METHODS:
         lean, mine = grads(trunk, heads, x, method, "lean")
         serial, theirs = grads(trunk, heads, x, method, "serial")
-        assert lean.stats["products"] == count
+        assert count is None or lean.stats["products"] == count
         assert serial.stats["products"] == 0
         tolerance = CLOSE[dtype]
         torch.testing.assert_close(

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from detente.engine.grad import pull
 from detente.engine.graph import Reach, boundary
 from detente.engine.jacobian import Jacobian
 from detente.engine.lean import Product
@@ -207,8 +208,7 @@ class Features:
         """Add to ``.grad`` of the shared parameters what carries these gradients of the features."""
         shared = self.found.shared
         if self.used:
-            edges = [self.edges[k] for k in self.used]
-            torch.autograd.backward(edges, list(updates), inputs=shared)
+            pull([self.edges[k] for k in self.used], updates, shared)
         for p in shared:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
@@ -236,10 +236,8 @@ def _cut(gradients: tuple[Tensor, ...]) -> tuple[None, ...]:
     return (None,) * len(gradients)
 
 
-def mixed(
-    losses: list[Tensor], found: Reach, factors: Sequence[float], coefficients: Sequence[float]
-) -> dict[int, tuple[Tensor, Tensor]]:
-    """The gradients of all leaves in one pass, by ``id``: of the heads and, mixed, of the shared parameters.
+def mixed(losses: list[Tensor], found: Reach, factors: Sequence[float], coefficients: Sequence[float]) -> None:
+    """Add to ``.grad`` of all leaves in one pass: the heads' own gradients, and a mix for the shared parameters.
 
     Args:
         losses: of the step.
@@ -247,33 +245,26 @@ def mixed(
         factors: of the losses.
         coefficients: by which each task's gradient is multiplied where it enters the shared part of the graph.
     """
+    inner = {node for node, mask in found.masks.items() if mask & (mask - 1)}
+    inner.update(get_gradient_edge(p).node for p in found.shared)
     hooks = []
     for node, mask in found.masks.items():
-        if mask & (mask - 1):
-            continue
-        entering = [k for k, (child, _) in enumerate(node.next_functions) if child is not None and _many(found, child)]
+        entering = [] if node in inner else [k for k, (child, _) in enumerate(node.next_functions) if child in inner]
         if entering:
             hooks.append(node.register_hook(_scaling(entering, coefficients[mask.bit_length() - 1])))
+    starts = [
+        torch.full_like(loss, f * c if get_gradient_edge(loss).node in inner else f)
+        for loss, f, c in zip(losses, factors, coefficients, strict=True)
+    ]
+    leaves = [*found.shared, *{id(p): p for own in found.own for p in own}.values()]
     try:
-        starts = [
-            torch.full_like(loss, f * c if _many(found, get_gradient_edge(loss).node) else f)
-            for loss, f, c in zip(losses, factors, coefficients, strict=True)
-        ]
-        leaves = [*found.shared, *{id(p): p for own in found.own for p in own}.values()]
-        taken = torch.autograd.grad(losses, leaves, starts, allow_unused=True)
+        pull(losses, starts, leaves)
     finally:
         for hook in hooks:
             hook.remove()
-    gradients = {id(p): (p, g) for p, g in zip(leaves, taken, strict=True) if g is not None}
-    for p, tasks in zip(found.shared, found.tasks, strict=True):
-        if len(tasks) == 1 and id(p) in gradients:  # declared shared, and reached by one task alone
-            gradients[id(p)] = (p, gradients[id(p)][1] * coefficients[tasks[0]])
-    return gradients
-
-
-def _many(found: Reach, node: Node) -> bool:
-    mask = found.masks[node]
-    return mask & (mask - 1) != 0
+    for p in found.shared:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
 
 
 def _scaling(positions: list[int], factor: float) -> Callable[..., tuple[Tensor | None, ...]]:
