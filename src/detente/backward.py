@@ -15,7 +15,7 @@ from detente.engine.grad import accumulate, pull
 from detente.engine.graph import Reach, reach
 from detente.engine.jacobian import Jacobian
 from detente.engine.lean import Product, obstacle, products, worth
-from detente.engine.source import Every, Features, Row, Sampled, every_task, mixed, spread, take, trunk_rows
+from detente.engine.source import Every, Features, Row, Sampled, done_with, every_task, mixed, spread, take, trunk_rows
 from detente.gramian import Partition
 from detente.method import (
     Context,
@@ -350,8 +350,7 @@ def _projected(
             heads = together.heads
             together.pull_each(jacobian, kept)
         else:
-            for r, row in enumerate(rows):
-                last = r == len(rows) - 1
+            for r, (row, last) in enumerate(zip(rows, done_with(found, rows), strict=True)):
                 heads += take(jacobian, r, row, tensors, found, method.heads, kept, last=last)
 
     raw = jacobian.gramian(partition)

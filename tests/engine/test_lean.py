@@ -72,7 +72,7 @@ class Cube(torch.autograd.Function):
         return 3 * x**2 * gradient
 
 
-# trunk, shape of the input, number of weights that can be kept as products
+# trunk, shape of the input, number of weights that can be kept as products (None: float32 has a fused kernel)
 TRUNKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int | None]] = {
     "one layer": (lambda: mlp(6, 6), (4, 6), 1),
     "three layers": (lambda: mlp(6, 20, 10, 6), (4, 6), 3),
@@ -121,7 +121,7 @@ TRUNKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int | None]] =
     "spectral norm": (
         lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 9)), nn.Linear(9, 6)).eval(),
         (4, 6), 1),
-    "lstm": (lambda: Parts(lambda s, x: s.a(x)[0], a=nn.LSTM(6, 6, batch_first=True)), (2, 3, 6), None),  # PyTorch fuses it in float32
+    "lstm": (lambda: Parts(lambda s, x: s.a(x)[0], a=nn.LSTM(6, 6, batch_first=True)), (2, 3, 6), None),
     "recurrent, both directions": (
         lambda: Parts(lambda s, x: s.b(s.a(x)[1][-1]), a=nn.RNN(6, 5, bidirectional=True, batch_first=True),
                       b=nn.Linear(5, 6)), (2, 3, 6), 3),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -99,3 +100,45 @@ def test_spread_hands_the_rows_coefficient_to_its_tasks():
     assert spread(shares(3.0, 4.0), rows, 3).tolist() == [1.0, 3.0, 3.0]
     blocks = torch.stack([shares(3.0, 4.0), shares(0.0, 8.0)])
     assert spread(blocks, rows, 3).tolist() == [[1.0, 3.0, 3.0], [2.0, 0.0, 6.0]]
+
+
+class Saved:
+    """What a graph keeps for its backward pass."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_graph_that_shares_parameters_alone_is_freed_after_its_own_pass(apart):
+    trunk, heads = torch.nn.Linear(3, 4), [torch.nn.Linear(4, 1) for _ in range(3)]
+    alive: list[list[weakref.ref[Saved]]] = [[], [], []]
+    seen: list[list[int]] = []
+
+    def look(gradient: torch.Tensor) -> None:
+        seen.append([sum(ref() is not None for ref in task) for task in alive])
+
+    def forward(task: int) -> torch.Tensor:
+        def pack(tensor: torch.Tensor) -> Saved:
+            saved = Saved(tensor)
+            alive[task].append(weakref.ref(saved))
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+            return trunk(torch.ones(2, 3)).tanh()
+
+    features = [forward(t) for t in range(3)] if apart else [forward(0)] * 3
+    losses = []
+    for t, head in enumerate(heads):
+        losses.append((head(features[t]) - t).square().mean())
+        losses[-1].register_hook(look)
+    del features
+    detente.backward(losses, detente.CAGrad())
+    assert len(seen) == 3
+    if apart:
+        assert [[count > 0 for count in counts] for counts in seen] == [
+            [True, True, True], [False, True, True], [False, False, True]
+        ]  # fmt: skip
+    else:
+        assert seen[2][0] == seen[0][0] > 0
+    assert not any(ref() for task in alive for ref in task)

@@ -15,7 +15,7 @@ from detente.engine.graph import Reach, boundary
 from detente.engine.jacobian import Jacobian
 from detente.engine.lean import Product
 
-__all__ = ["Every", "Features", "Row", "Sampled", "every_task", "mixed", "spread", "take", "trunk_rows"]
+__all__ = ["Every", "Features", "Row", "Sampled", "done_with", "every_task", "mixed", "spread", "take", "trunk_rows"]
 
 
 @dataclass(frozen=True)
@@ -319,6 +319,16 @@ def take(
         gradients[k] = gradient
     jacobian.write(r, gradients)
     return [(p, r, g) for p, g in zip(own, head_gradients, strict=True) if g is not None]
+
+
+def done_with(found: Reach, rows: Sequence[Row]) -> list[bool]:
+    """For each row whether no later one needs the graph it runs through.
+
+    True before the last row for tasks with a forward pass of their own: their graphs share parameters alone.
+    """
+    common = {mask for node, mask in found.masks.items() if mask & (mask - 1) and node.next_functions}
+    tasks = [sum(1 << t for t in row.tasks) for row in rows]
+    return [not any(mask & own and mask & sum(tasks[r + 1 :]) for mask in common) for r, own in enumerate(tasks)]
 
 
 def trunk_rows(losses: list[Tensor], found: Reach, *, keep: bool) -> Jacobian:
