@@ -285,8 +285,10 @@ def _reused(
     finite = bool(losses.isfinite().all())
     first = _first(weighting if finite else None, context)
     kept = torch.tensor([every.coefficients[task] if finite else math.nan for task in named], dtype=torch.float64)
-    heads = first * kept if method.heads == "weighted" else first
-    inner = torch.ones_like(kept) if method.heads == "weighted" else kept
+    heads, inner = first, kept
+    if method.heads == "weighted":
+        out = torch.tensor([task in every.dropped for task in named])
+        heads, inner = torch.where(out, first, first * kept), torch.where(out, kept, 1.0)
     mixed(list(named.values()), found, heads.tolist(), inner.tolist())
     every.reused += finite
     stats = {"backwards": 1, "reused": every.reused, **context.stats}
@@ -409,7 +411,8 @@ def _projected(
         stats["reused"] = 0
         coefficients = spread(torch.where(first == 0, 0.0, weights[0] / first), rows, len(tasks))
         if finite and bool(coefficients.isfinite().all()):
-            every.keep(dict(zip(tasks, coefficients.tolist(), strict=True)))
+            dropped = [tasks[t] for row, out in zip(rows, left_out.tolist(), strict=True) if out for t in row.tasks]
+            every.keep(dict(zip(tasks, coefficients.tolist(), strict=True)), dropped)
     by_task = spread(weights[0] if partition.count == 1 else weights, rows, len(tasks))
     return Update({task: by_task[..., t] for t, task in enumerate(tasks)}, total, stats)
 

@@ -95,6 +95,26 @@ def test_listed_parameters_that_one_task_reaches_are_mixed_too():
     torch.testing.assert_close(net.heads[0].bias.grad, wanted[0]["heads.0.bias"], rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("heads", ["own", "weighted"])
+def test_the_head_of_a_task_that_was_left_out_still_trains(heads):
+    net, source, rule = Net("plain"), detente.Every(3), detente.CAGrad(heads=heads)
+    nn.init.zeros_(net.heads[1].weight)
+    assert detente.backward(net.losses(X), rule, source=source).stats["dropped"] == ["b"]
+    saved = source.state_dict()
+    source = detente.Every(3)
+    source.load_state_dict(saved)
+    wanted = task_gradients(net, X, 0.5)
+    update = detente.backward(net.losses(X, 0.5), rule, source=source)
+    assert update.stats["reused"] == 1
+    weights = {task: float(update.weights[task]) for task in "abc"}
+    assert weights["b"] == 0
+    torch.testing.assert_close(net.heads[1].weight.grad, wanted[1]["heads.1.weight"], rtol=1e-12, atol=1e-14)
+    factor = weights["a"] if heads == "weighted" else 1.0
+    torch.testing.assert_close(net.heads[0].bias.grad, factor * wanted[0]["heads.0.bias"], rtol=1e-12, atol=1e-14)
+    mix = weights["a"] * wanted[0]["b.weight"] + weights["c"] * wanted[2]["b.weight"]
+    torch.testing.assert_close(net.b.weight.grad, mix, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("inner", ["parameters", "features", "sampled"])
 def test_fresh_steps_are_those_of_the_inner_source(inner):
     net = Net("plain")

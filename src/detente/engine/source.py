@@ -132,19 +132,25 @@ class Every:
         self.source = source
         self.reused = 0
         self.coefficients: dict[str, float] = {}
+        self.dropped: list[str] = []
 
     def due(self, tasks: Sequence[str]) -> bool:
         """Whether a step with these tasks takes their gradients."""
         return self.reused + 1 >= self.k or any(task not in self.coefficients for task in tasks)
 
-    def keep(self, coefficients: dict[str, float]) -> None:
-        """Take over the coefficients of a fresh step."""
+    def keep(self, coefficients: dict[str, float], dropped: list[str]) -> None:
+        """Take over the coefficients of a fresh step, and the tasks that it left out for their zero gradient."""
         self.coefficients = coefficients
+        self.dropped = dropped
         self.reused = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Coefficients by task, the number of steps that used them, and the state of a :class:`Sampled` source."""
-        state: dict[str, Any] = {"coefficients": dict(self.coefficients), "reused": self.reused}
+        state: dict[str, Any] = {
+            "coefficients": dict(self.coefficients),
+            "dropped": list(self.dropped),
+            "reused": self.reused,
+        }
         if isinstance(self.source, Sampled):
             state["source"] = self.source.state_dict()
         return state
@@ -153,7 +159,7 @@ class Every:
         """Take over a saved state."""
         if isinstance(self.source, Sampled):
             self.source.load_state_dict(state["source"])
-        self.keep(dict(state["coefficients"]))
+        self.keep(dict(state["coefficients"]), list(state["dropped"]))
         self.reused = state["reused"]
 
 
