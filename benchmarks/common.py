@@ -122,7 +122,10 @@ def shown(ms: list[float] | str) -> str:
 
 
 def publish(name: str, text: str) -> None:
-    """Print, and write to ``results``."""
+    """Print, and write to ``results`` unless the name is "-"."""
+    if name == "-":
+        print(text)
+        return
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / name).write_text(text.rstrip("\n") + "\n")
     print(text)

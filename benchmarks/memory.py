@@ -70,10 +70,7 @@ def main() -> None:
         "step, each variant in a process of its own; a plain step needs one copy for `.grad`.\n\n"
     )
     text += table(["variant", "MiB", "/ plain", "beyond plain, in copies of the trunk"], rows)
-    if chosen.name == "-":
-        print(text)
-    else:
-        publish(chosen.name, text)
+    publish(chosen.name, text)
 
 
 if __name__ == "__main__":

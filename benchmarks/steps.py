@@ -171,10 +171,7 @@ def main() -> None:
     text += table(head, overview)
     text += "\n## Each variant: median ms (quartiles; number of steps), over the floor, over a plain step\n\n"
     text += table(["workload", "T", "variant", "ms", "/ floor", "/ plain"], detail)
-    if chosen.name == "-":
-        print(text)
-    else:
-        publish(chosen.name, text)
+    publish(chosen.name, text)
 
 
 if __name__ == "__main__":

@@ -184,8 +184,7 @@ def _check_reuse(method: GramianMethod, found: Reach) -> None:
             f"{method.name} rewrites the task gradients or follows them from step to step, so its coefficients say "
             "nothing without them. Leave detente.Every out."
         )
-    own = [id(p) for leaves in found.own for p in leaves]
-    if method.heads == "own" and len(set(own)) < len(own):
+    if method.heads == "own" and not found.apart:
         raise ValueError(
             "source=detente.Every(...) takes all losses in one pass, and a parameter that is not listed in `shared` is "
             "reached by several of them. List it, or leave `shared` out."
@@ -238,6 +237,14 @@ def _values(named: Mapping[str, Tensor], scale: float) -> Tensor:
     return torch.stack([loss.detach().reshape(()).double().to(device) for loss in named.values()]) / scale
 
 
+def _read(named: Mapping[str, Tensor], scale: float) -> Tensor:
+    """Unscaled loss values ``[T]`` float64 on the CPU, checked where no gradient scaler is there to skip the step."""
+    losses = _values(named, scale).cpu()
+    if scale == 1.0:
+        check_finite(dict(zip(named, losses, strict=True)))
+    return losses
+
+
 def check_finite(losses: Mapping[str, Tensor]) -> None:
     """Raise where a loss is NaN or infinite."""
     for task, loss in losses.items():
@@ -253,17 +260,14 @@ def check_finite(losses: Mapping[str, Tensor]) -> None:
 def _weighted(
     named: dict[str, Tensor], method: LossWeighting, found: Reach, weighting: LossWeighting | None, scale: float
 ) -> Update:
-    losses = _values(named, scale).cpu()
-    if scale == 1.0:
-        check_finite(dict(zip(named, losses, strict=True)))
+    losses = _read(named, scale)
     context = Context(tuple(named), losses=losses)
     method.check(context)
     weights = _first(weighting, context)
     weights = weights * method.weights(losses * weights, context)
     tensors = list(named.values())
-    leaves = [*found.shared, *{id(p): p for own in found.own for p in own}.values()]
     factors = [w.to(loss.device, loss.dtype).reshape(loss.shape) for w, loss in zip(weights, tensors, strict=True)]
-    pull(tensors, factors, leaves)
+    pull(tensors, factors, found.leaves)
     stats = {"backwards": 1, **context.stats}
     return Update(dict(zip(named, weights, strict=True)), None, stats)
 
@@ -277,9 +281,7 @@ def _reused(
     scale: float,
 ) -> Update:
     """A step with the coefficients of an earlier one: one pass for all tasks."""
-    losses = _values(named, scale).cpu()
-    if scale == 1.0:
-        check_finite(dict(zip(named, losses, strict=True)))
+    losses = _read(named, scale)
     context = Context(tuple(named), losses=losses)
     method.check(context)
     finite = bool(losses.isfinite().all())
@@ -317,7 +319,7 @@ def _projected(
 ) -> Update:
     tasks, tensors = tuple(named), list(named.values())
     if not found.shared:
-        if len(tasks) > 1 and len({id(p) for own in found.own for p in own}) == sum(map(len, found.own)):
+        if len(tasks) > 1 and found.apart:
             warnings.warn(
                 f"no parameter is reached by two or more of the losses {list(tasks)}: there is no conflict to resolve, "
                 "and every loss gets its plain gradient. Were the shared features detached?",
@@ -329,9 +331,7 @@ def _projected(
     if isinstance(source, Sampled):
         if weighting is not None:
             raise ValueError("source=detente.Sampled(...) and weighting do not combine; use the method's preference.")
-        losses = _values(named, scale).cpu()
-        if scale == 1.0:
-            check_finite(dict(zip(named, losses, strict=True)))
+        losses = _read(named, scale)
         shares = method.sampling_shares(Context(tasks, losses=losses))
         rows = source.rows(shares)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-__all__ = ["accumulate", "pull"]
+__all__ = ["accumulate", "pull", "zero_missing"]
 
 
 def accumulate(gradients: Mapping[int, tuple[Tensor, Tensor]], *, ours: bool = False) -> None:
@@ -44,3 +44,10 @@ def pull(
     else:
         found = torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)
         accumulate({id(p): (p, g) for p, g in zip(leaves, found, strict=True) if g is not None})
+
+
+def zero_missing(parameters: Sequence[Tensor]) -> None:
+    """Give zeros to those without a gradient: a shared parameter always has one after a step."""
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)

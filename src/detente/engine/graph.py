@@ -29,6 +29,16 @@ class Reach:
     own: list[list[Tensor]]
     masks: dict[Node, int]
 
+    @property
+    def leaves(self) -> list[Tensor]:
+        """All of them, once each: the shared ones first."""
+        return [*self.shared, *{id(p): p for own in self.own for p in own}.values()]
+
+    @property
+    def apart(self) -> bool:
+        """Whether no leaf that is not shared is reached by two losses."""
+        return len(self.leaves) == len(self.shared) + sum(map(len, self.own))
+
 
 def reach(losses: Sequence[Tensor], shared: Iterable[Tensor] | None = None) -> Reach:
     """Sort the leaves behind the losses into shared and task-specific.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from detente.engine.grad import pull
+from detente.engine.grad import pull, zero_missing
 from detente.engine.graph import Reach, boundary
 from detente.engine.jacobian import Jacobian
 from detente.engine.lean import Product
@@ -212,12 +212,9 @@ class Features:
 
     def pull(self, updates: Sequence[Tensor]) -> None:
         """Add to ``.grad`` of the shared parameters what carries these gradients of the features."""
-        shared = self.found.shared
         if self.used:
-            pull([self.edges[k] for k in self.used], updates, shared)
-        for p in shared:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
+            pull([self.edges[k] for k in self.used], updates, self.found.shared)
+        zero_missing(self.found.shared)
 
     def pull_each(self, jacobian: Jacobian, products: Mapping[int, Product]) -> None:
         """Take the gradients of the shared parameters of all tasks in one batched pass through the trunk."""
@@ -225,13 +222,13 @@ class Features:
         edges = [self.edges[k] for k in self.used]
         reached: list[int] = []
 
-        def pull(*rows: Tensor) -> tuple[Tensor, ...]:
+        def through_trunk(*rows: Tensor) -> tuple[Tensor, ...]:
             # PyTorch's annotation wants tensors or edges alone; it takes both together
             taken = torch.autograd.grad(edges, ends, rows, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
             reached[:] = [k for k, gradient in enumerate(taken) if gradient is not None]
             return tuple(taken[k] for k in reached)
 
-        found = torch.vmap(pull)(*self.jacobian.slices) if edges else ()
+        found = torch.vmap(through_trunk)(*self.jacobian.slices) if edges else ()
         gradients: list[Tensor | None] = [None] * len(ends)
         for k, gradient in zip(reached, found, strict=True):
             gradients[k] = gradient
@@ -262,15 +259,12 @@ def mixed(losses: list[Tensor], found: Reach, factors: Sequence[float], coeffici
         torch.full_like(loss, f * c if get_gradient_edge(loss).node in inner else f)
         for loss, f, c in zip(losses, factors, coefficients, strict=True)
     ]
-    leaves = [*found.shared, *{id(p): p for own in found.own for p in own}.values()]
     try:
-        pull(losses, starts, leaves)
+        pull(losses, starts, found.leaves)
     finally:
         for hook in hooks:
             hook.remove()
-    for p in found.shared:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
+    zero_missing(found.shared)
 
 
 def _scaling(positions: list[int], factor: float) -> Callable[..., tuple[Tensor | None, ...]]:
@@ -303,18 +297,20 @@ def take(
     factors = [torch.full_like(loss, f) for loss, f in zip(outputs, row.factors, strict=True)]
     inputs = [products[k].output if k in products else jacobian.parameters[k] for k in mine]
 
-    def pull(inputs: Sequence[Tensor | GradientEdge], factors: list[Tensor], keep: bool) -> Sequence[Tensor | None]:
+    def gradients_of(
+        inputs: Sequence[Tensor | GradientEdge], factors: list[Tensor], keep: bool
+    ) -> Sequence[Tensor | None]:
         if not inputs:
             return ()
         # tensors and edges together, as in Features.pull_each
         return torch.autograd.grad(outputs, inputs, factors, retain_graph=keep, allow_unused=True)  # type: ignore[arg-type]
 
     if len(row.tasks) == 1 or convention == "weighted":
-        taken = pull([*inputs, *own], factors, not last)
+        taken = gradients_of([*inputs, *own], factors, not last)
         head_gradients = taken[len(inputs) :]
     else:
-        head_gradients = pull(own, [torch.ones_like(loss) for loss in outputs], True)
-        taken = pull(inputs, factors, not last)
+        head_gradients = gradients_of(own, [torch.ones_like(loss) for loss in outputs], True)
+        taken = gradients_of(inputs, factors, not last)
     gradients: list[Tensor | None] = [None] * len(jacobian.parameters)
     for k, gradient in zip(mine, taken, strict=False):
         if gradient is not None and gradient.layout != torch.strided:
