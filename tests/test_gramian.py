@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from detente.gramian import CHUNK, Partition, cosines, gramian
+from detente.gramian import Partition, cosines, gramian
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("columns", [0, 1, 5, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 17])
+@pytest.mark.parametrize("columns", [0, 1, 5, 43_689, 43_690, 43_691, 150_000])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_gramian_is_accumulated_in_float64(columns, dtype):
     rows = randn(3, columns).to(dtype)
@@ -21,6 +21,17 @@ def test_gramian_is_accumulated_in_float64(columns, dtype):
     wide = rows.double()
     # float64 rounding of up to 1e5 terms of order 1
     torch.testing.assert_close(G, wide @ wide.T, rtol=1e-11, atol=1e-9)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 12, 70])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gramian_of_separate_rows_and_of_two_matrices(count, dtype):
+    rows, others = randn(count, 40_000).to(dtype), randn(count, 40_000, seed=1).to(dtype)
+    # one rounding in float64 per term
+    torch.testing.assert_close(gramian(rows), rows.double() @ rows.double().T, rtol=1e-11, atol=1e-9)
+    torch.testing.assert_close(gramian(list(rows)), rows.double() @ rows.double().T, rtol=1e-11, atol=1e-9)
+    torch.testing.assert_close(gramian(rows, others), rows.double() @ others.double().T, rtol=1e-11, atol=1e-9)
+    assert torch.equal(gramian(rows), gramian(rows).T)
 
 
 def test_gramian_does_not_lose_a_small_task():

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from detente.engine.grad import accumulate, pull
-from detente.engine.graph import Reach, reach
+from detente.engine.graph import Reach, reach, users
 from detente.engine.jacobian import Jacobian
-from detente.engine.lean import Product, obstacle, products, worth
+from detente.engine.lean import LARGE, Product, fresh, obstacle, products, worth
 from detente.engine.source import Every, Features, Row, Sampled, done_with, every_task, mixed, spread, take, trunk_rows
 from detente.gramian import Partition
 from detente.method import (
@@ -343,11 +343,12 @@ def _projected(
         partition = _partition(method, jacobian.parameters, tasks, granularity, every, features=True)
     else:
         partition = _partition(method, found.shared, tasks, granularity, every)
-        if engine != "serial" and not (others or method.transforms or method.per_parameter):
-            kept = _products(found, partition, len(rows), always=engine == "lean")
         together = _together(tensors, found, rows) if engine == "batched" else None
+        alone: set[int] = set()
+        if not (others or method.transforms or method.per_parameter):
+            kept, alone = _storage(found, partition, len(rows), engine)
         inputs = {k: product.inputs for k, product in kept.items()}
-        features, jacobian, heads = None, Jacobian(found.shared, len(rows), inputs), []
+        features, jacobian, heads = None, Jacobian(found.shared, len(rows), inputs, alone), []
         if together is not None:
             heads = together.heads
             together.pull_each(jacobian, kept)
@@ -428,13 +429,21 @@ def _together(tensors: list[Tensor], found: Reach, rows: list[Row]) -> Features:
     raise ValueError(f"engine='batched' does not work here: {why}. Use engine='auto'.")
 
 
-def _products(found: Reach, partition: Partition, count: int, *, always: bool) -> dict[int, Product]:
-    """The linear layers, by position of their weight, whose task gradients are kept as products."""
-    return {
-        k: product
-        for k, product in products(found.masks, found.shared).items()
-        if partition.members[k][0] == () and (always or worth(product.samples, found.shared[k].shape, count))
+def _storage(found: Reach, partition: Partition, count: int, engine: str) -> tuple[dict[int, Product], set[int]]:
+    """Which task gradients need no buffer, by position: those kept as products, and as the tensors that come."""
+    whole = [k for k, (dims, _) in enumerate(partition.members) if dims == ()]
+    lean = [k for k in whole if engine == "lean" or (engine != "serial" and worth(1, found.shared[k].shape, count))]
+    large = [k for k in whole if engine != "batched" and found.shared[k].numel() >= LARGE]
+    if not (lean or large):
+        return {}, set()
+    feeds = users(found.masks)
+    kept = {
+        lean[i]: product
+        for i, product in products(feeds, [found.shared[k] for k in lean]).items()
+        if engine == "lean" or worth(product.samples, found.shared[lean[i]].shape, count)
     }
+    large = [k for k in large if k not in kept]
+    return kept, {large[i] for i in fresh(feeds, [found.shared[k] for k in large])}
 
 
 def _partition(

@@ -6,16 +6,23 @@ tasks ``i`` and ``j``, once for the whole model or once per block of coordinates
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = ["Partition", "cosines", "gramian"]
 
-# Columns converted to float64 at a time: 8 bytes x 2^15 x T stays in a core's cache for the usual T.
-CHUNK = 1 << 15
+Array = NDArray[Any]
+
+_COLUMNS = 1 << 15  # converted to float64 at a time
+_CACHED = 1 << 17  # entries in float64 that fit the caches of one core
+_FEW = 4
 
 
 @dataclass(frozen=True)
@@ -60,12 +67,12 @@ class Partition:
         return cls(count, tuple(members))
 
 
-def gramian(rows: Tensor, others: Tensor | None = None) -> Tensor:
+def gramian(rows: Tensor | Sequence[Tensor], others: Tensor | Sequence[Tensor] | None = None) -> Tensor:
     """Inner products of the rows of a matrix, accumulated in float64.
 
     Args:
-        rows: ``[T, P]`` of any real floating dtype.
-        others: ``[T, P]`` to multiply them with; None for themselves.
+        rows: ``[T, P]`` of any real floating dtype, or T tensors ``[P]``.
+        others: what to multiply them with, in the same form; None for themselves.
 
     Returns:
         ``[T, T]`` float64 on the device of ``rows``. No float64 copy of ``rows`` is made.
@@ -75,13 +82,91 @@ def gramian(rows: Tensor, others: Tensor | None = None) -> Tensor:
         >>> gramian(torch.tensor([[1.0, 0.0], [1.0, 2.0]])).tolist()
         [[1.0, 1.0], [1.0, 5.0]]
     """
+    if rows[0].device.type == "cpu":
+        with np.errstate(over="ignore", invalid="ignore"):  # the result shows it
+            return torch.from_numpy(_on_host(rows, others))
+    return _on_device(_matrix(rows), None if others is None else _matrix(others))
+
+
+def _matrix(rows: Tensor | Sequence[Tensor]) -> Tensor:
+    return rows if isinstance(rows, Tensor) else torch.stack(list(rows))
+
+
+def _on_device(rows: Tensor, others: Tensor | None) -> Tensor:
     if rows.dtype == torch.float64:
         return rows @ (rows if others is None else others).T
     total = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
-    for start in range(0, rows.shape[1], CHUNK):
-        wide = rows[:, start : start + CHUNK].double()
-        total.addmm_(wide, (wide if others is None else others[:, start : start + CHUNK].double()).T)
+    for start in range(0, rows.shape[1], _COLUMNS):
+        wide = rows[:, start : start + _COLUMNS].double()
+        total.addmm_(wide, (wide if others is None else others[:, start : start + _COLUMNS].double()).T)
     return total
+
+
+def _on_host(rows: Tensor | Sequence[Tensor], others: Tensor | Sequence[Tensor] | None) -> Array:
+    """With NumPy, whose BLAS needs half the operations for the product of a matrix with itself."""
+    count, length = len(rows), rows[0].numel()
+    total = np.zeros((count, count))
+    wide, against = _SCRATCH.halves(count) if others is not None else (_SCRATCH.whole(count),) * 2
+    step = wide.shape[1]
+    read = _reader(rows)
+    read_others = read if others is None else _reader(others)
+    for start in range(0, length, step):
+        size = min(step, length - start)
+        a = read(start, wide[:, :size])
+        if others is not None:
+            total += a @ read_others(start, against[:, :size]).T
+        elif count <= _FEW:
+            for i, left in enumerate(a):  # for few rows faster than one call of BLAS
+                for j in range(i + 1):
+                    total[i, j] += left @ a[j]
+        else:
+            total += a @ a.T
+    if others is None and count <= _FEW:
+        total += np.tril(total, -1).T
+    return total
+
+
+class _Scratch(threading.local):
+    """Memory of a thread's own that stays: a page that is touched for the first time costs more than its product."""
+
+    def __init__(self) -> None:
+        self.memory = np.empty(_CACHED)
+
+    def whole(self, count: int) -> Array:
+        if count > len(self.memory):
+            self.memory = np.empty(2 * count)
+        columns = len(self.memory) // count
+        return self.memory[: count * columns].reshape(count, columns)
+
+    def halves(self, count: int) -> tuple[Array, Array]:
+        both = self.whole(2 * count)
+        return both[:count], both[count:]
+
+
+_SCRATCH = _Scratch()
+
+
+def _reader(rows: Tensor | Sequence[Tensor]) -> Callable[[int, Array], Array]:
+    """A function that fills a float64 array with some columns of the rows."""
+    if rows[0].dtype == torch.bfloat16:  # which NumPy does not know
+
+        def read(start: int, into: Array) -> Array:
+            for row, place in zip(rows, into, strict=True):
+                np.copyto(place, row[start : start + len(place)].float().numpy())
+            return into
+
+        return read
+    arrays = rows.numpy() if isinstance(rows, Tensor) else [row.numpy() for row in rows]
+
+    def copy(start: int, into: Array) -> Array:
+        if isinstance(arrays, np.ndarray):
+            np.copyto(into, arrays[:, start : start + into.shape[1]])
+        else:
+            for array, place in zip(arrays, into, strict=True):
+                np.copyto(place, array[start : start + len(place)])
+        return into
+
+    return copy
 
 
 def cosines(gramian: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module, Parameter
 
-__all__ = ["Boundary", "Reach", "boundary", "reach"]
+__all__ = ["Boundary", "Reach", "boundary", "reach", "users"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,16 @@ class Reach:
     def apart(self) -> bool:
         """Whether no leaf that is not shared is reached by two losses."""
         return len(self.leaves) == len(self.shared) + sum(map(len, self.own))
+
+
+def users(nodes: Iterable[Node]) -> dict[Node, list[Node]]:
+    """What each node of a graph feeds, as often as it does."""
+    found: dict[Node, list[Node]] = {}
+    for node in nodes:
+        for child, _ in node.next_functions:
+            if child is not None:
+                found.setdefault(child, []).append(node)
+    return found
 
 
 def reach(losses: Sequence[Tensor], shared: Iterable[Tensor] | None = None) -> Reach:

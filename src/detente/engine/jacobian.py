@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,23 +18,32 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 class Jacobian:
-    """Rows g_t of J, one preallocated ``[T, P]`` buffer per dtype and device of the parameters.
+    """Rows g_t of J: one preallocated ``[T, P]`` buffer per dtype and device, except where other ways are cheaper.
 
     Args:
         parameters: the shared parameters.
         count: number of rows T.
         inputs: ``[N, i]`` X by position of the parameters ``[o, i]`` whose gradients are products ``D_t' X``. Their
             rows are kept as D_t ``[N, o]``, and only the update is multiplied out.
+        fresh: positions of the parameters whose gradients are kept as the tensors that they come in, without a copy.
+            The update overwrites them, so nobody else may hold them.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], count: int, inputs: Mapping[int, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        count: int,
+        inputs: Mapping[int, Tensor] | None = None,
+        fresh: Iterable[int] = (),
+    ) -> None:
         self.parameters = list(parameters)
         self.count = count
+        self.fresh: dict[int, list[Tensor | None]] = {k: [None] * count for k in fresh}
         self.inputs = dict(inputs or {})
         self.outputs = {k: x.new_empty(count, len(x), self.parameters[k].shape[0]) for k, x in self.inputs.items()}
         kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for k, p in enumerate(self.parameters):
-            if k in self.inputs:
+            if k in self.inputs or k in self.fresh:
                 continue
             dtype = p.dtype.to_real() if p.is_complex() else p.dtype
             kinds.setdefault((dtype, p.device), []).append(k)
@@ -56,6 +65,9 @@ class Jacobian:
                 kept[row].zero_()
             else:
                 kept[row].copy_(output)
+        for k, tensors in self.fresh.items():
+            gradient = gradients[k]
+            tensors[row] = None if gradient is None else gradient.contiguous()
         for members, buffer in self.groups:
             parts = [gradients[k] for k in members]
             if any(g is None for g in parts):
@@ -91,24 +103,37 @@ class Jacobian:
         second = self if other is None else other
         measured = partition.measured
         with torch.autocast(device.type, enabled=False):
-            if partition.count == 1 and measured is None:
-                total = torch.zeros(self.count, self.count, dtype=torch.float64, device=device)
-                for buffer, against in zip(self.buffers, second.buffers, strict=True):
-                    total += gramian(buffer, None if other is None else against).to(device)
-                for k in self.inputs:
-                    total += self._of_product(k).to(device)
-                return total.unsqueeze(0)
             blocks = torch.zeros(partition.count, self.count, self.count, dtype=torch.float64, device=device)
+            if partition.count == 1 and measured is None:
+                for buffer, against in zip(self.buffers, second.buffers, strict=True):
+                    blocks[0] += gramian(buffer, None if other is None else against).to(device)
+                for k in (*self.inputs, *self.fresh):
+                    blocks[0] += self._of_one(k, device)
+                return blocks
             for k, ((dims, index), rows) in enumerate(zip(partition.members, self.slices, strict=True)):
                 if measured is not None and k not in measured:
                     continue
-                if k in self.inputs:
-                    blocks[int(index)] += self._of_product(k).to(device)
+                if dims == () and other is None:
+                    blocks[int(index)] += self._of_one(k, device)
                 else:
                     part = _by_slice(rows, dims).double()
                     against = part if other is None else _by_slice(second.slices[k], dims).double()
                     blocks.index_add_(0, index.reshape(-1).to(device), (part @ against.transpose(1, 2)).to(device))
             return blocks
+
+    def _of_one(self, k: int, device: torch.device) -> Tensor:
+        """The part ``[T, T]`` that one parameter has in the Gramian."""
+        if k in self.inputs:
+            return self._of_product(k).to(device)
+        if k not in self.fresh:
+            return gramian(_by_slice(self.slices[k], ())[0]).to(device)
+        there = [t for t, row in enumerate(self.fresh[k]) if row is not None]
+        total = torch.zeros(self.count, self.count, dtype=torch.float64, device=device)
+        if there:
+            part = gramian([row.view(-1) for row in self.fresh[k] if row is not None]).to(device)
+            place = torch.tensor(there, device=device)
+            total[place.unsqueeze(1), place] = part
+        return total
 
     def _of_product(self, k: int) -> Tensor:
         """``<D_s' X, D_t' X> = <D_s, X X' D_t>``, in float64 because the terms may cancel."""
@@ -132,6 +157,9 @@ class Jacobian:
             block = 0 if partition.count == 1 else int(partition.members[k][1])
             mixed = torch.tensordot(weights[block].to(x.device, x.dtype), self.outputs[k], 1)
             updates[k] = mixed.T @ x
+        for k, tensors in self.fresh.items():
+            block = 0 if partition.count == 1 else int(partition.members[k][1])
+            updates[k] = _mixed(tensors, weights[block].tolist(), self.parameters[k])
         if partition.count == 1:
             for members, buffer in self.groups:
                 combined = weights[0].to(buffer.device, buffer.dtype) @ buffer
@@ -140,7 +168,7 @@ class Jacobian:
                     updates[k] = part.view(self.slices[k].shape[1:])
         else:
             for k, ((dims, index), rows) in enumerate(zip(partition.members, self.slices, strict=True)):
-                if k in self.inputs:
+                if k in self.inputs or k in self.fresh:
                     continue
                 chosen = weights[index.reshape(-1)].to(rows.device, rows.dtype)
                 update = chosen.unsqueeze(1) @ _by_slice(rows, dims)
@@ -148,6 +176,22 @@ class Jacobian:
                 front = [shape[d] for d in dims] + [size for d, size in enumerate(shape) if d not in dims]
                 updates[k] = update.view(front).movedim(tuple(range(len(dims))), dims)
         return updates
+
+
+def _mixed(rows: Sequence[Tensor | None], weights: Sequence[float], parameter: Tensor) -> Tensor:
+    """The weighted sum of the rows, in the memory of the first: fresh memory costs more than the sum."""
+    there = [(row.view(-1), weight) for row, weight in zip(rows, weights, strict=True) if row is not None]
+    if not there:
+        return torch.zeros_like(parameter)
+    pieces = [torch.split(row, _PIECE) for row, _ in there]
+    for piece, *others in zip(*pieces, strict=True):
+        piece.mul_(there[0][1])
+        for other, (_, weight) in zip(others, there[1:], strict=True):
+            piece.add_(other, alpha=weight)
+    return there[0][0].view(parameter.shape)
+
+
+_PIECE = 1 << 16  # entries that are summed while they are in the cache
 
 
 def _by_slice(rows: Tensor, dims: tuple[int, ...]) -> Tensor:

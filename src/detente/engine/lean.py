@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-__all__ = ["Product", "obstacle", "products", "worth"]
+__all__ = ["LARGE", "Product", "fresh", "obstacle", "products", "worth"]
 
 # what the input of the product is saved as, and which argument the weight is
 _NODES = {"AddmmBackward0": ("mat1", 2), "MmBackward0": ("self", 1)}
@@ -39,8 +39,10 @@ class Product:
         return saved.detach()
 
 
-def products(nodes: Iterable[Node], parameters: Sequence[Tensor]) -> dict[int, Product]:
-    """The weights, by position, that the step behind ``nodes`` uses in one linear layer and nowhere else.
+def products(users: Mapping[Node, list[Node]], parameters: Sequence[Tensor]) -> dict[int, Product]:
+    """The weights, by position, that a step uses in one linear layer and nowhere else.
+
+    ``users`` says what each node of its graph feeds.
 
     Weights with a hook on their gradient are left out: it must see the gradient itself.
     """
@@ -51,11 +53,6 @@ def products(nodes: Iterable[Node], parameters: Sequence[Tensor]) -> dict[int, P
     }
     if not matrices:
         return {}
-    users: dict[Node, list[Node]] = {}
-    for node in nodes:
-        for child, _ in node.next_functions:
-            if child is not None:
-                users.setdefault(child, []).append(node)
     found = {}
     for leaf, k in matrices.items():
         transposed = _only(users.get(leaf))
@@ -80,6 +77,8 @@ def worth(samples: int, shape: Sequence[int], tasks: int) -> bool:
     Writing one gradient, copying it into its row and reading it twice costs about as much per entry as a hundred
     multiplications of the layer itself; the Gramian of products is taken in float64, at half the speed.
     """
+    if len(shape) != 2:
+        return False
     rows, columns = shape
     written = tasks * (samples + _TRAFFIC) * rows * columns
     kept = 2 * samples**2 * (columns + tasks * rows) + 2 * tasks**2 * samples * rows + samples * rows * columns
@@ -88,6 +87,39 @@ def worth(samples: int, shape: Sequence[int], tasks: int) -> bool:
 
 _TRAFFIC = 100
 _CALLS = 4_000_000  # what the calls themselves take, on the CPU
+
+
+def fresh(users: Mapping[Node, list[Node]], parameters: Sequence[Tensor]) -> set[int]:
+    """Positions of large parameters whose gradients are new tensors that nobody else holds.
+
+    Elsewhere an operation may hand on what it was given, or a custom function what it will write into again.
+    """
+    return {
+        k
+        for k, p in enumerate(parameters)
+        if p.numel() >= LARGE and p.dtype in (torch.float32, torch.float64) and not p._backward_hooks
+        and _computed(get_gradient_edge(p).node, users)
+    }  # fmt: skip
+
+
+def _computed(node: Node, users: Mapping[Node, list[Node]]) -> bool:
+    def computes(user: Node) -> bool:
+        if user.name() == "TBackward0":
+            return _computed(user, users)
+        return all(
+            child is not node or position in _COMPUTED.get(user.name(), ())
+            for position, (child, _) in enumerate(user.next_functions)
+        )
+
+    return all(computes(user) for user in users.get(node, ()))
+
+
+LARGE = 1 << 15  # entries from which a copy costs more than handling one more tensor
+# of which arguments an operation computes the gradient, instead of handing on its own
+_COMPUTED = {
+    "AddmmBackward0": (1, 2), "MmBackward0": (0, 1), "ConvolutionBackward0": (0, 1), "EmbeddingBackward0": (0,),
+    "ToCopyBackward0": (0,),
+}  # fmt: skip
 
 
 def obstacle(masks: Mapping[Node, int], parameters: Sequence[Tensor]) -> str | None:
