@@ -590,6 +590,13 @@ def test_channels_last_equals_contiguous():
     assert_same(results[1:], results[:1])
 
 
+def test_aggregate_inside_autocast_costs_no_precision():
+    J = torch.randn(3, 500, generator=torch.Generator().manual_seed(0))
+    wanted = detente.aggregate(J, detente.CAGrad())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(detente.aggregate(J, detente.CAGrad()), wanted)
+
+
 @pytest.mark.parametrize("granularity", ["model", "layer", "channel"])
 def test_calling_inside_autocast_costs_no_precision(granularity):
     """The forward ran in float32; only the call sits inside the autocast region."""

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -234,6 +235,8 @@ def _single_process() -> None:
 def _values(named: Mapping[str, Tensor], scale: float) -> Tensor:
     """Unscaled loss values ``[T]`` float64, still on the losses' device."""
     device = next(iter(named.values())).device
+    if device.type == "cpu":
+        return torch.tensor([loss.item() / scale for loss in named.values()], dtype=torch.float64)
     return torch.stack([loss.detach().reshape(()).double().to(device) for loss in named.values()]) / scale
 
 
@@ -243,6 +246,29 @@ def _read(named: Mapping[str, Tensor], scale: float) -> Tensor:
     if scale == 1.0:
         check_finite(dict(zip(named, losses, strict=True)))
     return losses
+
+
+def _to_host(
+    raw: Tensor, cross: Tensor | None, named: Mapping[str, Tensor], scale: float
+) -> tuple[Tensor, Tensor | None, Tensor, bool]:
+    """Unscaled products of the gradients and loss values in float64 on the CPU, and whether all of them are finite.
+
+    One transfer, whatever is on a device. Raises where a loss is not finite and no gradient scaler is there.
+    """
+    values = _values(named, scale)
+    devices = {t.device for t in (raw, values) if t.device.type != "cpu"}
+    if devices:
+        parts = [raw, values] if cross is None else [raw, values, cross]
+        flat = torch.cat([part.to(next(iter(devices))).reshape(-1) for part in parts]).cpu()
+        taken = torch.split(flat, [part.numel() for part in parts])
+        raw, values = taken[0].view(raw.shape), taken[1]
+        cross = None if cross is None else taken[2].view(cross.shape)
+    finite = all(np.isfinite(part.numpy()).all() for part in (raw, values, cross) if part is not None)
+    if scale != 1.0:
+        raw, cross = raw / scale**2, None if cross is None else cross / scale**2
+    elif not finite:
+        check_finite(dict(zip(named, values, strict=True)))
+    return raw, cross, values, finite
 
 
 def check_finite(losses: Mapping[str, Tensor]) -> None:
@@ -336,6 +362,7 @@ def _projected(
         rows = source.rows(shares)
 
     features: Features | None
+    together: Features | None = None
     kept: dict[int, Product] = {}
     if source == "features":
         features = Features(tensors, found)
@@ -355,22 +382,17 @@ def _projected(
         else:
             for r, (row, last) in enumerate(zip(rows, done_with(found, rows), strict=True)):
                 heads += take(jacobian, r, row, tensors, found, method.heads, kept, last=last)
+    one_pass = features is not None or together is not None
+    how = {"backwards": 1 if one_pass else len(rows) * (1 + len(others)), "products": len(kept)}
 
-    raw = jacobian.gramian(partition)
-    cross = _cross(jacobian, others, found, partition).to(raw.device) if others else raw[:0]
-    values = _values(named, scale).to(raw.device)
-    host = torch.cat([raw.reshape(-1), cross.reshape(-1), values]).cpu()  # the step's one transfer to the host
-    blocks, products, losses = torch.split(host, [raw.numel(), cross.numel(), len(tasks)])
-    blocks, products = blocks.reshape(raw.shape) / scale**2, products.reshape(cross.shape) / scale**2
-    if scale == 1.0:
-        check_finite(dict(zip(tasks, losses, strict=True)))
+    cross = _cross(jacobian, others, found, partition) if others else None
+    blocks, cross, losses, finite = _to_host(jacobian.gramian(partition), cross, named, scale)
     sizes = tuple(buffer.shape[1] for buffer in jacobian.buffers)
     context = Context(tasks, losses=losses, partition=partition, sizes=sizes)
     method.check(context)
     # no history, the weighting's included, sees a step that is not finite
-    finite = bool(host.isfinite().all())
     first = _first(weighting if finite else None, context)
-    context = replace(context, losses=losses * first)
+    context = replace(context, losses=losses * first, cross=cross)
     if shares is not None:
         context = replace(
             context,
@@ -379,30 +401,30 @@ def _projected(
             shares=torch.stack([shares[list(row.tasks)].sum() for row in rows]),
         )
         first = torch.ones(len(rows), dtype=torch.float64)
-    blocks = blocks * first.unsqueeze(1) * first
-    if others:
-        context = replace(context, cross=products * first.unsqueeze(1) * first)
+    if weighting is not None:
+        blocks = blocks * first.unsqueeze(1) * first
+        context.cross = None if cross is None else cross * first.unsqueeze(1) * first
     weights, updates = _resolve(jacobian, method, blocks, partition, context, first, scale, finite)
 
     if features is None:
         accumulate({id(p): (p, u) for p, u in zip(found.shared, updates, strict=True)}, ours=True)
     else:
         features.pull(updates)
-    gradients: dict[int, tuple[Tensor, Tensor]] = {}
+    products, coefficients = blocks.numpy(), weights.numpy()
     # a task that is left out for its zero trunk gradient still trains its head
-    left_out = ~((blocks.diagonal(dim1=1, dim2=2) > 0).any(0) | (weights != 0).any(0))
+    left_out = ~((products.diagonal(0, 1, 2) > 0).any(0) | (coefficients != 0).any(0))
+    gradients: dict[int, tuple[Tensor, Tensor]] = {}
     for p, r, gradient in heads:
-        weighted = method.heads == "weighted" and not bool(left_out[r])
-        factor = float(weights[0, r] if weighted else first[r])
+        weighted = method.heads == "weighted" and not left_out[r]
+        factor = float(coefficients[0, r]) if weighted else float(first[r])
         scaled = gradient if factor == 1 else gradient * factor
         gradients[id(p)] = (p, gradients[id(p)][1] + scaled if id(p) in gradients else scaled)
     accumulate(gradients)
 
-    total = blocks.sum(0)
+    total = products.sum(0)
     stats: dict[str, Any] = {
-        "backwards": 1 if features is not None else len(rows) * (1 + len(others)),
-        "products": len(kept),
-        "conflicts": int((total.triu(1) < 0).sum()),
+        **how,
+        "conflicts": int(np.count_nonzero(np.triu(total, 1) < 0)),
         "dropped": [t for t, out in zip(context.tasks, left_out.tolist(), strict=True) if out],
         **context.stats,
     }
@@ -410,12 +432,12 @@ def _projected(
         stats["sampled"] = [tasks[row.tasks[0]] for row in rows[:-1]]
     if every is not None:
         stats["reused"] = 0
-        coefficients = spread(torch.where(first == 0, 0.0, weights[0] / first), rows, len(tasks))
-        if finite and bool(coefficients.isfinite().all()):
+        raw = spread(torch.where(first == 0, 0.0, weights[0] / first), rows, len(tasks))
+        if finite and bool(raw.isfinite().all()):
             dropped = [tasks[t] for row, out in zip(rows, left_out.tolist(), strict=True) if out for t in row.tasks]
-            every.keep(dict(zip(tasks, coefficients.tolist(), strict=True)), dropped)
+            every.keep(dict(zip(tasks, raw.tolist(), strict=True)), dropped)
     by_task = spread(weights[0] if partition.count == 1 else weights, rows, len(tasks))
-    return Update({task: by_task[..., t] for t, task in enumerate(tasks)}, total, stats)
+    return Update(dict(zip(tasks, by_task.unbind(-1), strict=True)), torch.from_numpy(total), stats)
 
 
 def _together(tensors: list[Tensor], found: Reach, rows: list[Row]) -> Features:
@@ -563,7 +585,8 @@ def aggregate(jacobian: Tensor, method: Method, losses: Sequence[float] | Tensor
         context = replace(context, losses=None if values is None else values * first)
     blocks = rows.gramian(partition)
     blocks = (blocks if method.on_device else blocks.cpu()) * first.unsqueeze(1).to(blocks.device) * first
-    _, updates = _resolve(rows, method, blocks, partition, context, first, 1.0, True)
+    with torch.autocast(jacobian.device.type, enabled=False):
+        _, updates = _resolve(rows, method, blocks, partition, context, first, 1.0, True)
     return updates[0]
 
 

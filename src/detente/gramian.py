@@ -47,7 +47,7 @@ class Partition:
     @classmethod
     def by_model(cls, parameters: Sequence[Tensor]) -> Partition:
         """All parameters in one block."""
-        return cls(1, tuple(((), torch.tensor(0)) for _ in parameters))
+        return cls(1, _WHOLE * len(parameters))
 
     @classmethod
     def by_layer(cls, parameters: Sequence[Tensor]) -> Partition:
@@ -65,6 +65,9 @@ class Partition:
             members.append(((where,), index) if p.dim() else ((), index[0]))
             count += size
         return cls(count, tuple(members))
+
+
+_WHOLE = (((), torch.tensor(0)),)
 
 
 def gramian(rows: Tensor | Sequence[Tensor], others: Tensor | Sequence[Tensor] | None = None) -> Tensor:

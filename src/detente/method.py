@@ -389,7 +389,7 @@ class GramianMethod(Method):
         need_losses(self, context)
         flat = gramian.detach().to("cpu", torch.float64).reshape(-1, count, count)
         values = flat.numpy()
-        finite = np.isfinite(values).all() and (context.losses is None or bool(context.losses.isfinite().all()))
+        finite = np.isfinite(values).all() and (context.losses is None or np.isfinite(context.losses.numpy()).all())
         if not finite:
             return torch.full(gramian.shape[:-1], math.nan, dtype=torch.float64)
         if gramian.numel() == 0:

@@ -146,18 +146,6 @@ def test_float32_rows_are_summed_in_float64():
     torch.testing.assert_close(jacobian.gramian(Partition.by_model([rows[0]]))[0], wide @ wide.T, rtol=1e-11, atol=1e-8)
 
 
-@pytest.mark.parametrize("granularity", ["model", "layer", "channel"])
-def test_autocast_changes_neither_the_gramian_nor_the_update(granularity):
-    parameters = [randn(4, 30, dtype=torch.float32), randn(9, dtype=torch.float32)]
-    jacobian, _ = filled(parameters)
-    partition = getattr(Partition, f"by_{granularity}")(parameters)
-    weights = randn(partition.count, T, seed=7)
-    wanted = jacobian.gramian(partition), jacobian.combine(weights, partition)
-    with torch.autocast("cpu", torch.bfloat16):
-        got = jacobian.gramian(partition), jacobian.combine(weights, partition)
-    torch.testing.assert_close(got, wanted, **EXACT)
-
-
 def test_the_same_block_may_gather_slices_of_several_dimensions():
     """What connection strength asks for: blocks over (in, out) of a transposed convolution, and a parameter outside."""
     weight, bias = randn(4, 3, 2), randn(3)

@@ -102,24 +102,23 @@ class Jacobian:
         device = devices.pop() if len(devices) == 1 else torch.device("cpu")
         second = self if other is None else other
         measured = partition.measured
-        with torch.autocast(device.type, enabled=False):
-            blocks = torch.zeros(partition.count, self.count, self.count, dtype=torch.float64, device=device)
-            if partition.count == 1 and measured is None:
-                for buffer, against in zip(self.buffers, second.buffers, strict=True):
-                    blocks[0] += gramian(buffer, None if other is None else against).to(device)
-                for k in (*self.inputs, *self.fresh):
-                    blocks[0] += self._of_one(k, device)
-                return blocks
-            for k, ((dims, index), rows) in enumerate(zip(partition.members, self.slices, strict=True)):
-                if measured is not None and k not in measured:
-                    continue
-                if dims == () and other is None:
-                    blocks[int(index)] += self._of_one(k, device)
-                else:
-                    part = _by_slice(rows, dims).double()
-                    against = part if other is None else _by_slice(second.slices[k], dims).double()
-                    blocks.index_add_(0, index.reshape(-1).to(device), (part @ against.transpose(1, 2)).to(device))
+        blocks = torch.zeros(partition.count, self.count, self.count, dtype=torch.float64, device=device)
+        if partition.count == 1 and measured is None:
+            for buffer, against in zip(self.buffers, second.buffers, strict=True):
+                blocks[0] += gramian(buffer, None if other is None else against).to(device)
+            for k in (*self.inputs, *self.fresh):
+                blocks[0] += self._of_one(k, device)
             return blocks
+        for k, ((dims, index), rows) in enumerate(zip(partition.members, self.slices, strict=True)):
+            if measured is not None and k not in measured:
+                continue
+            if dims == () and other is None:
+                blocks[int(index)] += self._of_one(k, device)
+            else:
+                part = _by_slice(rows, dims).double()
+                against = part if other is None else _by_slice(second.slices[k], dims).double()
+                blocks.index_add_(0, index.reshape(-1).to(device), (part @ against.transpose(1, 2)).to(device))
+        return blocks
 
     def _of_one(self, k: int, device: torch.device) -> Tensor:
         """The part ``[T, T]`` that one parameter has in the Gramian."""
@@ -143,12 +142,9 @@ class Jacobian:
 
     def combine(self, weights: Tensor, partition: Partition) -> list[Tensor]:
         """The update ``J'a``, one tensor per parameter, from weights ``[B, T]``."""
-        device = self.parameters[0].device.type
-        with torch.autocast(device, enabled=False):
-            updates = self._combine(weights, partition)
         return [
             torch.view_as_complex(u.clone(memory_format=torch.contiguous_format)) if p.is_complex() else u
-            for p, u in zip(self.parameters, updates, strict=True)
+            for p, u in zip(self.parameters, self._combine(weights, partition), strict=True)
         ]
 
     def _combine(self, weights: Tensor, partition: Partition) -> list[Tensor]:

@@ -165,6 +165,8 @@ class Every:
 
 def spread(weights: Tensor, rows: Sequence[Row], count: int) -> Tensor:
     """Coefficients of the tasks ``[..., T]`` from those of the rows ``[..., R]``."""
+    if len(rows) == count:
+        return weights
     result = weights.new_zeros(*weights.shape[:-1], count)
     for r, row in enumerate(rows):
         for task, factor in zip(row.tasks, row.factors, strict=True):
