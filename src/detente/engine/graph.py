@@ -99,12 +99,13 @@ class Boundary:
 
     Attributes:
         edges: the features: every place where a task's own graph takes a value from the shared one.
-        touched: for every loss the positions of the edges that its own graph ends at.
+        entries: the operations of a task that take such a value, each with the task and, for every such argument,
+            its position and that of the edge.
         nested: whether some features are computed from others, as with skip connections.
     """
 
     edges: list[GradientEdge]
-    touched: list[list[int]]
+    entries: list[tuple[Node, int, list[tuple[int, int]]]]
     nested: bool
 
 
@@ -120,7 +121,7 @@ def boundary(losses: Sequence[Tensor], masks: Mapping[Node, int]) -> Boundary:
             features can stand for the gradient of the shared parameters; or a loss is computed from another.
     """
     edges: dict[GradientEdge, int] = {}
-    touched: list[list[int]] = [[] for _ in losses]
+    entries: list[tuple[Node, int, list[tuple[int, int]]]] = []
     for t, loss in enumerate(losses):
         mask = masks[get_gradient_edge(loss).node]
         if mask & (mask - 1):
@@ -131,7 +132,8 @@ def boundary(losses: Sequence[Tensor], masks: Mapping[Node, int]) -> Boundary:
     for node, mask in masks.items():
         if mask & (mask - 1):
             continue
-        for child, number in node.next_functions:
+        taken = []
+        for place, (child, number) in enumerate(node.next_functions):
             if child is None or not masks[child] & (masks[child] - 1):
                 continue
             if child.name() == _LEAF:
@@ -141,10 +143,9 @@ def boundary(losses: Sequence[Tensor], masks: Mapping[Node, int]) -> Boundary:
                     "input that requires a gradient), so the features do not carry all of its gradient. Use "
                     "source='parameters'."
                 )
-            position = edges.setdefault(GradientEdge(child, number), len(edges))
-            task = mask.bit_length() - 1
-            if position not in touched[task]:
-                touched[task].append(position)
+            taken.append((place, edges.setdefault(GradientEdge(child, number), len(edges))))
+        if taken:
+            entries.append((node, mask.bit_length() - 1, taken))
     ends = {edge.node for edge in edges}
     below: set[Node] = set()
     stack = [child for node in ends for child, _ in node.next_functions if child is not None]
@@ -153,7 +154,7 @@ def boundary(losses: Sequence[Tensor], masks: Mapping[Node, int]) -> Boundary:
         if node not in below:
             below.add(node)
             stack.extend(child for child, _ in node.next_functions if child is not None)
-    return Boundary(list(edges), touched, bool(ends & below))
+    return Boundary(list(edges), entries, bool(ends & below))
 
 
 _LEAF = "torch::autograd::AccumulateGrad"

@@ -177,7 +177,7 @@ def spread(weights: Tensor, rows: Sequence[Row], count: int) -> Tensor:
 class Features:
     """The task gradients of the features at which the tasks part, instead of those of the shared parameters.
 
-    One short backward pass per task through its own layers, then one through the trunk for all of them together.
+    One short backward pass through the tasks' own layers, then one through the trunk for all of them together.
 
     Args:
         losses: the losses of the step.
@@ -188,24 +188,24 @@ class Features:
         self.found = found
         edge = boundary(losses, found.masks)
         self.edges = edge.edges
-        taken: list[list[Tensor | None]] = []
+        taken: list[list[Tensor | None]] = [[None] * len(self.edges) for _ in losses]
         self.heads: list[tuple[Tensor, int, Tensor]] = []
+        hooks = [node.register_hook(_keeping(taken[t], positions)) for node, t, positions in edge.entries]
         # with skip connections a gradient must not flow on from one feature into another: the trunk's pass does that
-        cuts = [e.node.register_prehook(_cut) for e in self.edges] if edge.nested else []
+        hooks += [e.node.register_prehook(_cut) for e in self.edges] if edge.nested else []
+        # leaves that several tasks reach without sharing them need each task's gradient
+        passes = [list(range(len(losses)))] if found.apart else [[t] for t in range(len(losses))]
         try:
-            for t, loss in enumerate(losses):
-                touched = [self.edges[k] for k in edge.touched[t]]
-                own = list({id(p): p for p in found.own[t]}.values())
-                ends = touched + [get_gradient_edge(p) for p in own]
-                gradients = torch.autograd.grad(loss, ends, retain_graph=True, allow_unused=True)
-                row: list[Tensor | None] = [None] * len(self.edges)
-                for k, gradient in zip(edge.touched[t], gradients, strict=False):
-                    row[k] = gradient
-                taken.append(row)
-                self.heads += [(p, t, g) for p, g in zip(own, gradients[len(touched) :], strict=True) if g is not None]
+            for tasks in passes:
+                own = [(p, t) for t in tasks for p in {id(p): p for p in found.own[t]}.values()]
+                ends = [*self.edges, *(get_gradient_edge(p) for p, _ in own)]
+                gradients = torch.autograd.grad(
+                    [losses[t] for t in tasks], ends, retain_graph=edge.nested or len(passes) > 1, allow_unused=True
+                )[len(self.edges) :]
+                self.heads += [(p, t, g) for (p, t), g in zip(own, gradients, strict=True) if g is not None]
         finally:
-            for cut in cuts:
-                cut.remove()
+            for hook in hooks:
+                hook.remove()
         examples = [next((row[k] for row in taken if row[k] is not None), None) for k in range(len(self.edges))]
         self.used = [k for k, example in enumerate(examples) if example is not None]
         self.jacobian = Jacobian([g for g in examples if g is not None], len(losses))
@@ -235,6 +235,18 @@ class Features:
         for k, gradient in zip(reached, found, strict=True):
             gradients[k] = gradient
         jacobian.write_all(gradients)
+
+
+def _keeping(row: list[Tensor | None], positions: Sequence[tuple[int, int]]) -> Callable[..., None]:
+    """A hook that adds to a task's gradients of the features what one operation gives them."""
+
+    def keep(inputs: tuple[Tensor | None, ...], outputs: object) -> None:
+        for place, k in positions:
+            gradient, before = inputs[place], row[k]
+            if gradient is not None:
+                row[k] = gradient if before is None else before + gradient
+
+    return keep
 
 
 def _cut(gradients: tuple[Tensor, ...]) -> tuple[None, ...]:
