@@ -44,6 +44,7 @@ def backward(
     weighting: LossWeighting | None = None,
     scale: float = 1.0,
     engine: str = "auto",
+    storage: torch.dtype | None = None,
 ) -> Update:
     """Resolve the conflicts between the tasks' gradients and write the update into ``.grad``.
 
@@ -72,7 +73,9 @@ def backward(
             layer has units; ``"auto"`` chooses layer by layer. ``"batched"`` does as ``"auto"``, with one batched pass
             through the trunk instead of T: faster for small batches and many tasks, for trunks of linear layers
             and elementwise operations only. Hooks on values inside the trunk then see batched tensors, and
-            ``retain_grad`` keeps one. ``update.stats["products"]`` counts the layers kept as products.
+            ``retain_grad`` keeps one. ``update.stats["engine"]`` says what ran, ``["why"]`` and ``["products"]`` why.
+        storage: dtype in which the task gradients wait for their coefficients, such as ``torch.bfloat16`` for half the
+            memory; their products and the update are summed in float64 and float32. None keeps them as they are.
         scale: factor that is already inside the losses, such as ``scaler.get_scale()``. Methods see the unscaled
             losses and gradients; ``.grad`` keeps the factor.
 
@@ -99,7 +102,7 @@ def backward(
             f"{method.name} cannot work with one backward pass: {method.why_step()} "
             f"Use detente.step(closure, optimizer, method){method.without_step}."
         )
-    return run(losses, method, shared, source, granularity, weighting, scale, engine)
+    return run(losses, method, shared, source, granularity, weighting, scale, engine, storage)
 
 
 def run(
@@ -111,6 +114,7 @@ def run(
     weighting: LossWeighting | None = None,
     scale: float = 1.0,
     engine: str = "auto",
+    storage: torch.dtype | None = None,
     more: Sequence[Losses] = (),
 ) -> Update:
     """What :func:`backward` does, for methods in whatever phase; ``more``: the losses on further batches."""
@@ -124,7 +128,7 @@ def run(
                 f"same order; got {list(named)} and {list(batch)}."
             )
     with torch.autocast(next(iter(named.values())).device.type, enabled=False):
-        return _run(named, method, shared, source, granularity, weighting, scale, engine, others)
+        return _run(named, method, shared, source, granularity, weighting, scale, engine, storage, others)
 
 
 def _run(
@@ -136,6 +140,7 @@ def _run(
     weighting: LossWeighting | None,
     scale: float,
     engine: str,
+    storage: torch.dtype | None,
     others: list[dict[str, Tensor]],
 ) -> Update:
     require_method(method)
@@ -148,19 +153,26 @@ def _run(
         )
     if granularity is not None:
         one_of("granularity", granularity, ("model", "layer", "channel"))
+    if storage not in (None, torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise ValueError(f"storage must be a real floating dtype, such as torch.bfloat16, or None; got {storage!r}.")
     if not isinstance(scale, int | float) or not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale must be a positive number; got {scale!r}.")
     found = reach(list(named.values()), shared)
     if isinstance(method, LossWeighting):
-        if granularity is not None or source != "parameters":
+        if granularity is not None or source != "parameters" or storage is not None:
             raise ValueError(
-                f"{method.name} weights whole losses and takes no task gradients: granularity and source do not apply."
+                f"{method.name} weights whole losses and takes no task gradients: granularity, source and storage do "
+                "not apply."
             )
         return _weighted(named, method, found, weighting, scale)
     assert isinstance(method, GramianMethod)
     every, source = (source, source.source) if isinstance(source, Every) else (None, source)
     if every is not None:
         _check_reuse(method, found)
+    if storage is not None and method.transforms:
+        raise ValueError(
+            f"{method.name} rewrites the task gradients in place, in the dtype of the parameters. Leave `storage` out."
+        )
     if source == "features":
         if shared is not None:
             raise ValueError("source='features' finds the shared part from the graph; leave `shared` out.")
@@ -176,7 +188,7 @@ def _run(
     weighting = weighting or method.own_weighting
     if every is not None and found.shared and not every.due(tuple(named)):
         return _reused(named, method, found, every, weighting, scale)
-    return _projected(named, method, found, source, granularity, weighting, scale, engine, others, every)
+    return _projected(named, method, found, source, granularity, weighting, scale, engine, storage, others, every)
 
 
 def _check_reuse(method: GramianMethod, found: Reach) -> None:
@@ -340,6 +352,7 @@ def _projected(
     weighting: LossWeighting | None,
     scale: float,
     engine: str,
+    storage: torch.dtype | None,
     others: list[dict[str, Tensor]],
     every: Every | None,
 ) -> Update:
@@ -373,9 +386,9 @@ def _projected(
         together = _together(tensors, found, rows) if engine == "batched" else None
         alone: set[int] = set()
         if not (others or method.transforms or method.per_parameter):
-            kept, alone = _storage(found, partition, len(rows), engine)
+            kept, alone = _kept(found, partition, len(rows), engine, storage)
         inputs = {k: product.inputs for k, product in kept.items()}
-        features, jacobian, heads = None, Jacobian(found.shared, len(rows), inputs, alone), []
+        features, jacobian, heads = None, Jacobian(found.shared, len(rows), inputs, alone, storage), []
         if together is not None:
             heads = together.heads
             together.pull_each(jacobian, kept)
@@ -383,7 +396,12 @@ def _projected(
             for r, (row, last) in enumerate(zip(rows, done_with(found, rows), strict=True)):
                 heads += take(jacobian, r, row, tensors, found, method.heads, kept, last=last)
     one_pass = features is not None or together is not None
-    how = {"backwards": 1 if one_pass else len(rows) * (1 + len(others)), "products": len(kept)}
+    how = {
+        "engine": "features" if features is not None else "batched" if together else "lean" if kept else "serial",
+        "why": "source" if features is not None else _why(engine, method, kept, found, bool(others)),
+        "backwards": 1 if one_pass else len(rows) * (1 + len(others)),
+        "products": len(kept),
+    }
 
     cross = _cross(jacobian, others, found, partition) if others else None
     blocks, cross, losses, finite = _to_host(jacobian.gramian(partition), cross, named, scale)
@@ -451,11 +469,24 @@ def _together(tensors: list[Tensor], found: Reach, rows: list[Row]) -> Features:
     raise ValueError(f"engine='batched' does not work here: {why}. Use engine='auto'.")
 
 
-def _storage(found: Reach, partition: Partition, count: int, engine: str) -> tuple[dict[int, Product], set[int]]:
+def _why(engine: str, method: GramianMethod, kept: Mapping[int, Product], found: Reach, several: bool) -> str:
+    """In words, what decided how the task gradients were kept."""
+    if engine == "serial":
+        return "asked for"
+    if several or method.transforms or method.per_parameter:
+        return f"{method.name} needs every gradient written out"
+    how = "can be" if engine == "lean" else "are cheaper as"
+    return f"{len(kept)} of {len(found.shared)} shared parameters {how} products of small matrices"
+
+
+def _kept(
+    found: Reach, partition: Partition, count: int, engine: str, storage: torch.dtype | None
+) -> tuple[dict[int, Product], set[int]]:
     """Which task gradients need no buffer, by position: those kept as products, and as the tensors that come."""
     whole = [k for k, (dims, _) in enumerate(partition.members) if dims == ()]
     lean = [k for k in whole if engine == "lean" or (engine != "serial" and worth(1, found.shared[k].shape, count))]
-    large = [k for k in whole if engine != "batched" and found.shared[k].numel() >= LARGE]
+    copied = engine == "batched" or storage is not None
+    large = [] if copied else [k for k in whole if found.shared[k].numel() >= LARGE]
     if not (lean or large):
         return {}, set()
     feeds = users(found.masks)

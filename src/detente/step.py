@@ -32,6 +32,7 @@ def step(
     granularity: str | None = None,
     weighting: LossWeighting | None = None,
     engine: str = "auto",
+    storage: torch.dtype | None = None,
 ) -> Update:
     """Zero the gradients, compute the losses, resolve their conflicts, and step the optimizer.
 
@@ -44,7 +45,7 @@ def step(
             on the current batch. Methods with ``batches > 1`` call it that often: let it take a fresh batch each time.
         optimizer: of all parameters. It is stepped once, or once per task in a sequential step.
         method: a method of this library.
-        shared, source, granularity, weighting, engine: as in :func:`detente.backward`.
+        shared, source, granularity, weighting, engine, storage: as in :func:`detente.backward`.
 
     Returns:
         The :class:`Update`; after a sequential step every weight is 1 and ``stats["sequential"]`` is True.
@@ -66,7 +67,14 @@ def step(
     require_method(method)
     if method.requires_step and (weighting is not None or source != "parameters"):
         raise ValueError(f"weighting and source do not apply to the schedule of {method.name}; leave them out.")
-    options = {"shared": shared, "source": source, "granularity": granularity, "weighting": weighting, "engine": engine}
+    options = {
+        "shared": shared,
+        "source": source,
+        "granularity": granularity,
+        "weighting": weighting,
+        "engine": engine,
+        "storage": storage,
+    }
     return method.take_step(_Session(closure, optimizer, method, options))
 
 

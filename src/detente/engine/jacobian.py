@@ -27,6 +27,7 @@ class Jacobian:
             rows are kept as D_t ``[N, o]``, and only the update is multiplied out.
         fresh: positions of the parameters whose gradients are kept as the tensors that they come in, without a copy.
             The update overwrites them, so nobody else may hold them.
+        storage: dtype of the buffers; None is that of the parameters.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Jacobian:
         count: int,
         inputs: Mapping[int, Tensor] | None = None,
         fresh: Iterable[int] = (),
+        storage: torch.dtype | None = None,
     ) -> None:
         self.parameters = list(parameters)
         self.count = count
@@ -49,9 +51,11 @@ class Jacobian:
             kinds.setdefault((dtype, p.device), []).append(k)
         self.groups = []
         self.slices: list[Tensor] = [torch.empty(0)] * len(self.parameters)  # [T, *shape] views, one per parameter
+        self.dtypes: list[torch.dtype] = []
         for (dtype, device), members in kinds.items():
+            self.dtypes.append(dtype)
             sizes = [self.parameters[k].numel() * (2 if self.parameters[k].is_complex() else 1) for k in members]
-            buffer = torch.empty(count, sum(sizes), dtype=dtype, device=device)
+            buffer = torch.empty(count, sum(sizes), dtype=storage or dtype, device=device)
             self.groups.append((members, buffer))
             for k, part in zip(members, torch.split(buffer, sizes, dim=1), strict=True):
                 p = self.parameters[k]
@@ -157,8 +161,8 @@ class Jacobian:
             block = 0 if partition.count == 1 else int(partition.members[k][1])
             updates[k] = _mixed(tensors, weights[block].tolist(), self.parameters[k])
         if partition.count == 1:
-            for members, buffer in self.groups:
-                combined = weights[0].to(buffer.device, buffer.dtype) @ buffer
+            for (members, buffer), dtype in zip(self.groups, self.dtypes, strict=True):
+                combined = _weighted(weights[0], buffer, dtype)
                 shapes = [self.slices[k].shape[1:] for k in members]
                 for k, part in zip(members, torch.split(combined, [s.numel() for s in shapes]), strict=True):
                     updates[k] = part.view(self.slices[k].shape[1:])
@@ -166,12 +170,29 @@ class Jacobian:
             for k, ((dims, index), rows) in enumerate(zip(partition.members, self.slices, strict=True)):
                 if k in self.inputs or k in self.fresh:
                     continue
-                chosen = weights[index.reshape(-1)].to(rows.device, rows.dtype)
-                update = chosen.unsqueeze(1) @ _by_slice(rows, dims)
+                wide, dtype = _wide(rows.dtype), self.parameters[k].dtype.to_real()
+                chosen = weights[index.reshape(-1)].to(rows.device, wide)
+                update = (chosen.unsqueeze(1) @ _by_slice(rows, dims).to(wide)).to(dtype)
                 shape = rows.shape[1:]
                 front = [shape[d] for d in dims] + [size for d, size in enumerate(shape) if d not in dims]
                 updates[k] = update.view(front).movedim(tuple(range(len(dims))), dims)
         return updates
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """In which dtype rows are summed."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _weighted(weights: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weighted sum ``[P]`` of the rows, summed in float32 or more."""
+    weights = weights.to(rows.device, _wide(rows.dtype))
+    if weights.dtype == rows.dtype:
+        return (weights @ rows).to(dtype)
+    result = torch.empty(rows.shape[1], dtype=dtype, device=rows.device)
+    for place, piece in zip(torch.split(result, _PIECE), torch.split(rows, _PIECE, dim=1), strict=True):
+        place.copy_(weights @ piece.to(weights.dtype))
+    return result
 
 
 def _mixed(rows: Sequence[Tensor | None], weights: Sequence[float], parameter: Tensor) -> Tensor:
