@@ -59,7 +59,8 @@ bench-memory: benchmarks/.venv/ready
 benchmarks/.venv/ready: benchmarks/constraints.txt
 	$(PYTHON) -m venv benchmarks/.venv
 	$(BENCH_PIP) torch==2.13.0
-	$(BENCH_PIP) "torchjd[full]" numpy scipy
+	$(BENCH_PIP) "torchjd[full]" numpy scipy matplotlib conflictfree
+	$(BENCH_PIP) --no-deps LibMTL
 	$(BENCH) -c "import torch; assert torch.__version__.startswith('2.13.0'), torch.__version__"
 	$(BENCH_PIP) --no-deps --editable .
 	touch $@

@@ -89,8 +89,9 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def header(title: str) -> str:
+def header(title: str, device: torch.device | None = None) -> str:
     """Title, and everything needed to tell what was measured where."""
+    gpu = device is not None and device.type == "cuda"
     packages = ("torch", "numpy", "scipy", "cvxpy", "clarabel", "ecos", "quadprog")
     lines = [
         f"# {title}",
@@ -98,7 +99,9 @@ def header(title: str) -> str:
         f"- command: `python {shlex.join([os.path.relpath(sys.argv[0], HERE.parent), *sys.argv[1:]])}`",
         f"- date: {datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC",
         f"- machine: {processor()}, {os.cpu_count()} cores, of which one thread is used; {platform.system()}",
-        f"- detente {version('detente')}, torchjd {version('torchjd')}, Python {platform.python_version()}, "
+        *([f"- GPU: {torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"] if gpu else []),
+        f"- detente {version('detente')}, torchjd {version('torchjd')}, LibMTL {version('LibMTL')}, conflictfree "
+        f"{version('conflictfree')}, Python {platform.python_version()}, "
         + ", ".join(f"{p} {version(p)}" for p in packages),
         "",
     ]

@@ -12,9 +12,9 @@ from common import header, ours, publish, table  # first: sets the threads
 
 # isort: split
 import torch
-from steps import exact, floor, plain, theirs
+from peers import torchjd
+from steps import exact, floor, plain
 from torch import nn
-from torchjd.aggregation import CAGrad
 from workloads import Problem
 
 TASKS, WIDTH, LAYERS, SAMPLES = 10, 4096, 6, 16
@@ -25,8 +25,8 @@ VARIANTS: dict[str, Callable[[], Callable[[Problem], object]]] = {
     "detente, batched": lambda: exact(ours("cagrad"), engine="batched"),
     "detente, serial": lambda: exact(ours("cagrad"), engine="serial"),
     "detente, features": lambda: exact(ours("cagrad"), source="features"),
-    "torchjd": lambda: theirs(CAGrad(c=0.5)),
-    "torchjd, chunk 1": lambda: theirs(CAGrad(c=0.5), 1),
+    "torchjd": lambda: torchjd("cagrad(c=0.5)", TASKS),
+    "torchjd, chunk 1": lambda: torchjd("cagrad(c=0.5)", TASKS, 1),
 }
 
 

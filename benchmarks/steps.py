@@ -1,31 +1,33 @@
-"""Whole training steps: detente beside torchjd, the bare backward passes and a plain step.  make bench-steps."""
+"""Whole training steps: detente beside its peers, the bare backward passes and a plain step.  make bench-steps."""
 
 from __future__ import annotations
 
 import argparse
+import csv
 import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from common import attempt, header, ours, publish, shown, table  # first: sets the threads
+from common import RESULTS, attempt, header, ours, publish, shown, table  # first: sets the threads
 
 # isort: split
 import numpy as np
 import torch
-import torchjd.aggregation as tj
-from pairs import PAIRS
-from torchjd.autojac import jac_to_grad, mtl_backward
+from peers import METHODS, PEERS, Step
 from workloads import WORKLOADS, Problem
 
 import detente
-
-Step = Callable[[Problem], object]
+from detente.benchmark.memory import PeakMemory
 
 BATCHED = ("a", "e")  # trunks that one batched pass can take
-METHODS = {p.label: p for p in PAIRS if isinstance(p.theirs(2, False), tj.Aggregator)}
+DEFAULT = ["cagrad(c=0.5)", "mgda", "pcgrad", "config"]
+TARGETS = {"a": 1.20, "b": 1.03, "c": 1.05, "d": 1.05}  # over the floor
+TARGETS_PLAIN = {2: 1.15, 3: 1.25, 10: 1.50}  # on e, over a plain step
+TARGETS_TORCHJD = {"all": 1.5, "a": 2.5, "e": 7.0}  # times faster than its default
 
 
 def plain(problem: Problem) -> None:
@@ -44,134 +46,248 @@ def exact(method: Any, **options: Any) -> Step:
     return lambda problem: detente.backward(problem.losses(problem.features()), method, **options)
 
 
-def theirs(aggregator: tj.Aggregator, chunk: int | None = None) -> Step:
-    def run(problem: Problem) -> None:
-        features = problem.features()
-        mtl_backward(problem.losses(features), features=features, parallel_chunk_size=chunk)
-        jac_to_grad(problem.trunk.parameters(), aggregator)
+def variants(count: int, methods: Sequence[str], *, batched: bool) -> dict[tuple[str, str], Callable[[], Step]]:
+    """Everything that is timed in turn on one problem, by ``(who, method)``."""
 
-    return run
-
-
-def variants(count: int, methods: list[str], *, batched: bool) -> dict[str, Step]:
-    """Everything that is timed in turn on one problem."""
-    features = exact(ours("cagrad"), source="features")
-    # the first of its steps, before the timing, is fresh
-    reused = exact(ours("cagrad"), source=detente.Every(1_000_000))
-    found: dict[str, Step] = {"plain": plain, "floor": floor, "features cagrad": features, "reused cagrad": reused}
-    for label in methods:
+    def detentes(label: str, **options: Any) -> Callable[[], Step]:
         pair = METHODS[label]
-        found[f"detente {label}"] = exact(ours(pair.name, **pair.options))
+        return lambda: exact(ours(pair.name, **pair.options), **options)
+
+    found: dict[tuple[str, str], Callable[[], Step]] = {("plain", ""): lambda: plain, ("floor", ""): lambda: floor}
+    for label in methods:
+        found["detente", label] = detentes(label)
         if batched:
-            found[f"detente, batched {label}"] = exact(ours(pair.name, **pair.options), engine="batched")
-        found[f"torchjd {label}"] = theirs(pair.theirs(count, False))
-        found[f"torchjd, chunk 1 {label}"] = theirs(pair.theirs(count, False), 1)
+            found["detente, batched", label] = detentes(label, engine="batched")
+        for peer, build in PEERS.items():
+            found[peer, label] = partial(build, label, count)
+    found["detente, features", methods[0]] = detentes(methods[0], source="features")
+    # the first of its steps, before the timing, is fresh
+    found["detente, reused", methods[0]] = detentes(methods[0], source=detente.Every(1_000_000))
     return found
 
 
-def measure(problem: Problem, steps: dict[str, Step], budget: float) -> dict[str, list[float] | str]:
-    """Milliseconds of process time per step, all variants in turn; one that fails says how."""
-    found: dict[str, list[float] | str] = {}
+@dataclass
+class Measured:
+    """What one variant took: milliseconds of each step and its peak memory in MiB, or why it could not run."""
+
+    ms: list[float] = field(default_factory=list)
+    mib: float = math.nan
+    failure: str = ""
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.ms)) if self.ms else math.nan
+
+
+def measure(
+    problem: Problem, builds: Mapping[tuple[str, str], Callable[[], Step]], budget: float, device: torch.device
+) -> dict[tuple[str, str], Measured]:
+    """Time of whole steps, all variants in turn; then the memory of one step of each.
+
+    Process time on the CPU; on a GPU, where kernels run behind, wall time to the end of the last one.
+    """
+    gpu = device.type == "cuda"
+    clock = time.perf_counter if gpu else time.process_time
 
     def once(step: Step) -> float:
         problem.zero_grad(set_to_none=True)
-        begun = time.process_time()
+        if gpu:
+            torch.cuda.synchronize(device)
+        begun = clock()
         step(problem)
-        return 1e3 * (time.process_time() - begun)
+        if gpu:
+            torch.cuda.synchronize(device)
+        return 1e3 * (clock() - begun)
 
-    def twice(step: Step) -> None:
+    def peak(step: Step) -> float:
+        problem.zero_grad(set_to_none=True)
+        if gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            step(problem)
+            return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        with PeakMemory() as memory:
+            step(problem)
+        return memory.peak_mb
+
+    found: dict[tuple[str, str], Measured] = {}
+    steps: dict[tuple[str, str], Step] = {}
+
+    def begin(build: Callable[[], Step]) -> Step:
+        step = build()
         once(step)
         once(step)
+        return step
 
-    for name, step in steps.items():
-        tried = attempt(partial(twice, step), 60.0)
-        found[name] = tried if isinstance(tried, str) else []
+    for name, build in builds.items():
+        tried = attempt(partial(begin, build), 120.0)
+        found[name] = Measured(failure=tried if isinstance(tried, str) else "")
+        if not isinstance(tried, str):
+            steps[name] = tried
+    names = list(steps)
+    random = np.random.default_rng(0)
     gc.collect()
     gc.disable()
     begun, rounds = time.perf_counter(), 0
-    names = list(steps)
-    random = np.random.default_rng(0)
     try:
         while rounds < 5 or (time.perf_counter() - begun < budget and rounds < 400):
             for k in random.permutation(len(names)):  # so that no variant always follows the same other
-                spent = found[names[k]]
-                if not isinstance(spent, str):
-                    spent.append(once(steps[names[k]]))
+                found[names[k]].ms.append(once(steps[names[k]]))
             rounds += 1
             if rounds % 10 == 0:
                 gc.collect()
     finally:
         gc.enable()
+    for name in names:
+        found[name].mib = peak(steps[name])
     return found
 
 
-def median(values: list[float] | str) -> float:
-    return math.nan if isinstance(values, str) else float(np.median(values))
+@dataclass(frozen=True)
+class Cell:
+    """One workload, number of tasks and method, all variants."""
+
+    workload: str
+    count: int
+    method: str
+    found: Mapping[tuple[str, str], Measured]
+
+    def of(self, who: str) -> float:
+        """Median ms of a variant of this method, NaN where there is none."""
+        entry = self.found.get((who, "" if who in ("plain", "floor") else self.method))
+        return math.nan if entry is None else entry.median
+
+    @property
+    def best_peer(self) -> tuple[str, float]:
+        timed = {peer: self.of(peer) for peer in PEERS if not math.isnan(self.of(peer))}
+        best = min(timed, key=timed.__getitem__, default="-")
+        return best, timed.get(best, math.nan)
 
 
 def ratio(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.2f}"
 
 
+def mean(values: Sequence[float]) -> float:
+    """Geometric mean."""
+    known = [v for v in values if not math.isnan(v)]
+    return math.exp(math.fsum(map(math.log, known)) / len(known)) if known else math.nan
+
+
+def against_targets(cells: Sequence[Cell]) -> list[list[str]]:
+    """What this run says of the targets: what is compared, measured, target, whether it is met."""
+    rows: list[list[str]] = []
+
+    def add(what: str, value: float, target: float, *, least: bool = False) -> None:
+        if not math.isnan(value):
+            met = value >= target if least else value <= target
+            sign = "at least" if least else "at most"
+            rows.append([what, ratio(value), f"{sign} {target:.2f}", "yes" if met else "**no**"])
+
+    for workload, target in TARGETS.items():
+        for count in sorted({c.count for c in cells if c.workload == workload}):
+            here = [c for c in cells if (c.workload, c.count) == (workload, count)]
+            value = mean([c.of("detente") / c.of("floor") for c in here])
+            add(f"{workload}, T = {count}: detente over the floor", value, target)
+    for count, target in TARGETS_PLAIN.items():
+        here = [c for c in cells if (c.workload, c.count) == ("e", count)]
+        add(f"e, T = {count}: detente over plain", mean([c.of("detente") / c.of("plain") for c in here]), target)
+        value = mean([c.of("detente, batched") / c.of("plain") for c in here])
+        add(f'e, T = {count}: detente over plain, engine="batched"', value, target)
+    for workload in "bcde":
+        for count in sorted({c.count for c in cells if c.workload == workload}):
+            first = next(c for c in cells if (c.workload, c.count) == (workload, count))
+            base = first.of("plain")
+            add(f"{workload}, T = {count}: features over plain", first.of("detente, features") / base, 1.05)
+            tenth = 0.9 * first.of("detente, reused") + 0.1 * first.of("detente")
+            add(
+                f"{workload}, T = {count}: Every(10), nine reused steps and a fresh one, over 1.15 plain + .1 exact",
+                tenth / (1.15 * base + 0.1 * first.of("detente")),
+                1.0,
+            )
+    slowest = max(cells, key=lambda c: c.of("detente") / c.best_peer[1], default=None)
+    if slowest is not None:
+        name = f"{slowest.workload}, T = {slowest.count}, {slowest.method}, {slowest.best_peer[0]}"
+        add(f"worst cell beside the best peer ({name})", slowest.of("detente") / slowest.best_peer[1], 1.02)
+    for workload, target in TARGETS_TORCHJD.items():
+        here = [c for c in cells if workload in ("all", c.workload)]
+        value = mean([c.of("torchjd") / c.of("detente") for c in here])
+        add(f"{workload}: times faster than torchjd's default", value, target, least=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
-    parser.add_argument("--methods", nargs="+", default=["cagrad(c=0.5)"], choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=DEFAULT, choices=list(METHODS))
     parser.add_argument("--counts", nargs="+", type=int, default=[2, 3, 10, 40])
     parser.add_argument("--budget", type=float, default=8.0, help="seconds for each workload and number of tasks")
-    parser.add_argument("--name", default="steps.md", help="name of the file in results/; '-' prints only")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
+    parser.add_argument("--name", default="steps", help="name of the files in results/; '-' prints only")
     chosen = parser.parse_args()
-    overview: list[list[str]] = []
+    device = torch.device(chosen.device)
+    cells: list[Cell] = []
     detail: list[list[str]] = []
+    flat: list[list[Any]] = []
     for name in chosen.workloads:
         for count in chosen.counts:
             if count not in WORKLOADS[name].counts:
                 continue
-            problem = WORKLOADS[name].build(count)
-            steps = variants(count, chosen.methods, batched=name in BATCHED)
-            found = measure(problem, steps, chosen.budget)
-            base, bottom = median(found["plain"]), median(found["floor"])
-            for variant, values in found.items():
+            problem = WORKLOADS[name].build(count).placed(device)
+            builds = variants(count, chosen.methods, batched=name in BATCHED)
+            found = measure(problem, builds, chosen.budget, device)
+            base, bottom = found["plain", ""].median, found["floor", ""].median
+            for (who, method), entry in found.items():
+                if entry.failure == "not there yet":
+                    continue
                 detail.append(
-                    [name, str(count), variant, shown(values), ratio(median(values) / bottom),
-                     ratio(median(values) / base)]
+                    [name, str(count), method, who, shown(entry.ms or entry.failure), ratio(entry.median / bottom),
+                     ratio(entry.median / base), "-" if math.isnan(entry.mib) else f"{entry.mib:.0f}"]
                 )  # fmt: skip
-            for method in chosen.methods:
-                mine = median(found[f"detente {method}"])
-                together = median(found.get(f"detente, batched {method}", "-"))
-                peer = median(found[f"torchjd {method}"])
-                serial = median(found[f"torchjd, chunk 1 {method}"])
-                overview.append(
-                    [name, str(count), method, ratio(base / bottom), ratio(mine / bottom), ratio(together / bottom),
-                     ratio(peer / bottom), ratio(serial / bottom), ratio(mine / base), ratio(together / base),
-                     ratio(median(found["features cagrad"]) / base), ratio(median(found["reused cagrad"]) / base)]
-                )  # fmt: skip
-                print(" | ".join(overview[-1]), flush=True)
-    head = [
-        "workload",
-        "T",
-        "method",
-        "plain",
-        "detente",
-        "detente, batched",
-        "torchjd",
-        "torchjd, chunk 1",
-        "detente / plain",
-        "batched / plain",
-        "features / plain",
-        "reused / plain",
-    ]
-    text = header("Whole steps: detente and torchjd")
+                flat.append([name, count, method, who, entry.median, *_quartiles(entry), entry.mib, entry.failure])
+            here = [Cell(name, count, method, found) for method in chosen.methods]
+            cells += here
+            for cell in here:
+                print(" | ".join(_overview(cell)), flush=True)
+    text = header("Whole steps", device)
     text += "\n".join(f"- {w.name}: {w.what}" for w in WORKLOADS.values() if w.name in chosen.workloads)
     text += (
-        "\n\nProcess time of zeroed gradients to written `.grad` on one thread, all variants in turn and in random "
-        "order within one process. *floor*: forward and one backward pass per task, results thrown away. *plain*: "
-        "forward and one backward pass of the sum.\n\n## Over the floor\n\n"
+        "\n\nFrom zeroed gradients to written `.grad`, all variants in turn and in random order within one process; "
+        + ("process time on one thread." if device.type == "cpu" else "wall time to the end of the last kernel.")
+        + " *floor*: forward and one backward pass per task, results thrown away. *plain*: forward and one backward "
+        "pass of the sum. Peers as their documentation calls them.\n\n## Against the targets (geometric means over the "
+        "methods)\n\n"
     )
-    text += table(head, overview)
-    text += "\n## Each variant: median ms (quartiles; number of steps), over the floor, over a plain step\n\n"
-    text += table(["workload", "T", "variant", "ms", "/ floor", "/ plain"], detail)
-    publish(chosen.name, text)
+    text += table(["what", "measured", "target", "met"], against_targets(cells))
+    text += "\n## Over the floor\n\n" + table(_HEAD, [_overview(cell) for cell in cells])
+    text += "\n## Each variant: median ms (quartiles; number of steps), over the floor, over plain, peak memory\n\n"
+    text += (
+        "Memory above the level before the step, in MiB; of small steps it is what the allocator happens to keep.\n\n"
+    )
+    text += table(["workload", "T", "method", "variant", "ms", "/ floor", "/ plain", "MiB"], detail)
+    publish(chosen.name if chosen.name == "-" else f"{chosen.name}.md", text)
+    if chosen.name != "-":
+        with (RESULTS / f"{chosen.name}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["workload", "T", "method", "variant", "ms", "q1", "q3", "mib", "failure"])
+            writer.writerows([[f"{v:.5g}" if isinstance(v, float) else v for v in row] for row in flat])
+
+
+def _quartiles(entry: Measured) -> tuple[float, float]:
+    return tuple(np.percentile(entry.ms, [25, 75])) if entry.ms else (math.nan, math.nan)
+
+
+_HEAD = [
+    "workload", "T", "method", "plain", "detente", "detente, batched", *PEERS, "detente / plain",
+    "detente / best peer",
+]  # fmt: skip
+
+
+def _overview(cell: Cell) -> list[str]:
+    bottom, mine = cell.of("floor"), cell.of("detente")
+    timed = [ratio(cell.of(who) / bottom) for who in ("plain", "detente", "detente, batched", *PEERS)]
+    best = cell.best_peer[1]
+    return [cell.workload, str(cell.count), cell.method, *timed, ratio(mine / cell.of("plain")), ratio(mine / best)]
 
 
 if __name__ == "__main__":

@@ -21,6 +21,13 @@ class Problem(nn.Module):
         self.inputs = inputs
         self.targets = [torch.randint(10, (len(inputs),)) for _ in range(count)]
 
+    def placed(self, device: torch.device) -> Problem:
+        """Everything on this device."""
+        self.to(device)
+        self.inputs = self.inputs.to(device)
+        self.targets = [target.to(device) for target in self.targets]
+        return self
+
     def features(self) -> Tensor:
         return self.trunk(self.inputs)
 

@@ -7,10 +7,7 @@ comparison killed at any moment goes on with the same command.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import ctypes
-import gc
 import math
 import multiprocessing
 import multiprocessing.connection
@@ -19,7 +16,6 @@ import platform
 import random
 import signal
 import statistics
-import sys
 import threading
 import time
 import traceback
@@ -37,6 +33,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, T
 
 import detente
 from detente.benchmark.files import describe, read_checkpoint, write_checkpoint, write_json
+from detente.benchmark.memory import PeakMemory
 from detente.benchmark.problem import Problem, load_problem
 from detente.benchmark.results import read_config
 from detente.benchmark.specs import Spec
@@ -461,38 +458,6 @@ class _Training:
         }
 
 
-class _PeakMemory:
-    """Peak resident memory of this process above its level at the start of the block, in MB."""
-
-    peak_mb = 0.0
-
-    def __enter__(self) -> _PeakMemory:
-        gc.collect()
-        if sys.platform == "linux":
-            with contextlib.suppress(OSError, AttributeError):  # no glibc, or no right to reset the peak
-                ctypes.CDLL("libc.so.6").malloc_trim(0)  # give freed memory of earlier jobs back first
-                Path("/proc/self/clear_refs").write_text("5")
-        self.before = self._read()[0]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.peak_mb = max(self._read()[1] - self.before, 0.0)
-
-    @staticmethod
-    def _read() -> tuple[float, float]:
-        """Current and peak resident memory in MB."""
-        if sys.platform == "linux":
-            lines = Path("/proc/self/status").read_text().splitlines()
-            fields = {k: v for k, _, v in (line.partition(":") for line in lines)}
-            return int(fields["VmRSS"].split()[0]) / 1024, int(fields["VmHWM"].split()[0]) / 1024
-        if sys.platform == "win32":
-            return 0.0, 0.0
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        return peak, peak
-
-
 def _run(job: Job, root: Path, progress: Progress) -> None:
     directory = job.directory(root)
     directory.mkdir(parents=True, exist_ok=True)
@@ -507,7 +472,7 @@ def _run(job: Job, root: Path, progress: Progress) -> None:
     say(training.epoch / job.settings["epochs"], training._line())
     training.warm_up()
     saved = time.monotonic()
-    with _PeakMemory() as memory:
+    with PeakMemory() as memory:
         while not training.done():
             try:
                 training.run_epoch(say)
