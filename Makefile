@@ -1,5 +1,5 @@
 # make demo: compare the methods on real digits.  make test: run all tests.  Both need only Python 3.10 to 3.13.
-# make bench: set detente beside torchjd, in an environment of its own (see benchmarks/README.md).
+# make bench: set detente beside its peers, in an environment of its own (see benchmarks/README.md).
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -52,6 +52,7 @@ bench-solvers: benchmarks/.venv/ready
 
 bench-steps: benchmarks/.venv/ready
 	$(BENCH) benchmarks/steps.py
+	$(BENCH) benchmarks/picture.py
 
 bench-memory: benchmarks/.venv/ready
 	$(BENCH) benchmarks/memory.py

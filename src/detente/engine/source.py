@@ -308,11 +308,13 @@ def take(
     mine = [k for k, tasks in enumerate(found.tasks) if any(t in tasks for t in row.tasks)]
     own = list({id(p): p for t in row.tasks for p in found.own[t]}.values())
     outputs = [losses[t] for t in row.tasks]
-    factors = [torch.full_like(loss, f) for loss, f in zip(outputs, row.factors, strict=True)]
+    factors = None
+    if len(row.tasks) > 1:
+        factors = [torch.full_like(loss, f) for loss, f in zip(outputs, row.factors, strict=True)]
     inputs = [products[k].output if k in products else jacobian.parameters[k] for k in mine]
 
     def gradients_of(
-        inputs: Sequence[Tensor | GradientEdge], factors: list[Tensor], keep: bool
+        inputs: Sequence[Tensor | GradientEdge], factors: list[Tensor] | None, keep: bool
     ) -> Sequence[Tensor | None]:
         if not inputs:
             return ()
