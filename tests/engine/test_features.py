@@ -524,7 +524,7 @@ def test_methods_that_follow_single_parameters_are_refused(name):
 @pytest.mark.parametrize("name", ["gd", "dwa", "uw", "gls"])
 def test_loss_weightings_are_refused(name):
     forward = one()
-    untouched(forward.net, detente.get_method(name), forward.losses(), ValueError, "granularity, source and storage do not")
+    untouched(forward.net, detente.get_method(name), forward.losses(), ValueError, "source and storage do not")
 
 
 def test_a_loss_that_is_not_finite_is_refused():
