@@ -331,7 +331,7 @@ def _reused(
         heads, inner = torch.where(out, first, first * kept), torch.where(out, kept, 1.0)
     mixed(list(named.values()), found, heads.tolist(), inner.tolist())
     every.reused += finite
-    stats = {"backwards": 1, "reused": every.reused, **context.stats}
+    stats = {"engine": "reused", "backwards": 1, "reused": every.reused, **context.stats}
     return Update(dict(zip(named, kept * first, strict=True)), None, stats)
 
 

@@ -20,7 +20,7 @@ __all__ = ["Partition", "cosines", "gramian"]
 
 Array = NDArray[Any]
 
-_COLUMNS = 1 << 15  # converted to float64 at a time
+_COLUMNS = 1 << 21  # converted to float64 at a time on a device, where a call costs more than memory
 _CACHED = 1 << 17  # entries in float64 that fit the caches of one core
 _FEW = 4
 
