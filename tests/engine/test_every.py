@@ -229,7 +229,7 @@ def test_with_step():
         (detente.CAGrad(), {"granularity": "layer"}, "one coefficient per task"),
         (detente.CAGrad(), {"source": detente.Every(2, "features"), "granularity": "channel"}, "one coefficient"),
         (detente.GradDrop(), {}, "rewrites the task gradients"),
-        (detente.DWA(), {}, "source do not apply"),
+        (detente.DWA(), {}, "source and storage do not apply"),
     ],
 )
 def test_what_it_cannot_do_is_an_error_before_anything_is_written(method, options, reason):
