@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
@@ -33,6 +34,11 @@ class Reach:
     def leaves(self) -> list[Tensor]:
         """All of them, once each: the shared ones first."""
         return [*self.shared, *{id(p): p for own in self.own for p in own}.values()]
+
+    @cached_property
+    def everywhere(self) -> bool:
+        """Whether every loss reaches every shared parameter."""
+        return all(len(tasks) == len(self.own) for tasks in self.tasks)
 
     @property
     def apart(self) -> bool:

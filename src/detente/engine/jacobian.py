@@ -13,8 +13,8 @@ from detente.gramian import Partition, gramian
 __all__ = ["Jacobian"]
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).reshape(-1)
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 class Jacobian:
@@ -51,6 +51,7 @@ class Jacobian:
             kinds.setdefault((dtype, p.device), []).append(k)
         self.groups = []
         self.slices: list[Tensor] = [torch.empty(0)] * len(self.parameters)  # [T, *shape] views, one per parameter
+        self.places: dict[int, tuple[Tensor, ...]] = {}  # the same, one view per row
         self.dtypes: list[torch.dtype] = []
         for (dtype, device), members in kinds.items():
             self.dtypes.append(dtype)
@@ -60,6 +61,7 @@ class Jacobian:
             for k, part in zip(members, torch.split(buffer, sizes, dim=1), strict=True):
                 p = self.parameters[k]
                 self.slices[k] = part.view(count, *p.shape, *([2] if p.is_complex() else []))
+                self.places[k] = self.slices[k].unbind(0)
 
     def write(self, row: int, gradients: Sequence[Tensor | None]) -> None:
         """Write the gradient of one task, one tensor per parameter (D_t for a product); None is zero."""
@@ -72,15 +74,16 @@ class Jacobian:
         for k, tensors in self.fresh.items():
             gradient = gradients[k]
             tensors[row] = None if gradient is None else gradient.contiguous()
-        for members, buffer in self.groups:
-            parts = [gradients[k] for k in members]
-            if any(g is None for g in parts):
-                buffer[row].zero_()
-                for k, g in zip(members, parts, strict=True):
-                    if g is not None:
-                        self.slices[k][row].view(-1).copy_(_flat(g))
+        places, values = [], []
+        for k, rows in self.places.items():
+            gradient = gradients[k]
+            if gradient is None:
+                rows[row].zero_()
             else:
-                torch.cat([_flat(g) for g in parts if g is not None], out=buffer[row])
+                places.append(rows[row])
+                values.append(_real(gradient))
+        if places:
+            torch._foreach_copy_(places, values)
 
     def write_all(self, gradients: Sequence[Tensor | None]) -> None:
         """Write the gradients of all tasks, ``[T, *shape]`` per parameter (``[T, N, o]`` for a product)."""

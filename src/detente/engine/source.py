@@ -305,7 +305,8 @@ def take(
     losses have other factors than the average. Of the parameters in ``products`` the gradient of the layer's output
     is taken instead.
     """
-    mine = [k for k, tasks in enumerate(found.tasks) if any(t in tasks for t in row.tasks)]
+    positions = range(len(found.shared))
+    mine = positions if found.everywhere else [k for k in positions if any(t in found.tasks[k] for t in row.tasks)]
     own = list({id(p): p for t in row.tasks for p in found.own[t]}.values())
     outputs = [losses[t] for t in row.tasks]
     factors = None
@@ -346,6 +347,8 @@ def done_with(found: Reach, rows: Sequence[Row]) -> list[bool]:
     """
     common = {mask for node, mask in found.masks.items() if mask & (mask - 1) and node.next_functions}
     tasks = [sum(1 << t for t in row.tasks) for row in rows]
+    if sum(tasks) in common:
+        return [False] * (len(rows) - 1) + [True]
     return [not any(mask & own and mask & sum(tasks[r + 1 :]) for mask in common) for r, own in enumerate(tasks)]
 
 
