@@ -31,7 +31,7 @@ def test_gramian_of_separate_rows_and_of_two_matrices(count, dtype):
     torch.testing.assert_close(gramian(rows), rows.double() @ rows.double().T, rtol=1e-11, atol=1e-9)
     torch.testing.assert_close(gramian(list(rows)), rows.double() @ rows.double().T, rtol=1e-11, atol=1e-9)
     torch.testing.assert_close(gramian(rows, others), rows.double() @ others.double().T, rtol=1e-11, atol=1e-9)
-    assert torch.equal(gramian(rows), gramian(rows).T)
+    assert torch.equal(gramian(list(rows)), gramian(list(rows)).T)
 
 
 def test_gramian_does_not_lose_a_small_task():

@@ -85,7 +85,7 @@ def gramian(rows: Tensor | Sequence[Tensor], others: Tensor | Sequence[Tensor] |
         >>> gramian(torch.tensor([[1.0, 0.0], [1.0, 2.0]])).tolist()
         [[1.0, 1.0], [1.0, 5.0]]
     """
-    if rows[0].device.type == "cpu":
+    if rows[0].device.type == "cpu" and not (isinstance(rows, Tensor) and rows.dtype == torch.float64):
         with np.errstate(over="ignore", invalid="ignore"):  # the result shows it
             return torch.from_numpy(_on_host(rows, others))
     return _on_device(_matrix(rows), None if others is None else _matrix(others))

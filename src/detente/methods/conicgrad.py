@@ -6,7 +6,7 @@ import math
 from typing import Literal
 
 from detente.method import Centred, Context, Paper, Weights, at_least
-from detente.solvers import Array, ball, floor, identity, min_norm, namespace, real, times
+from detente.solvers import EPS, Array, ball, floor, identity, min_norm, namespace, real, times
 
 __all__ = ["ConicGrad"]
 
@@ -83,7 +83,8 @@ class ConicGrad(Centred):
         along = (shortest * product).sum(-1)[:, None]
         sizes = xp.sqrt(floor(xp.diagonal(gramian, 0, -2, -1), 0.0))
         # a hull that reaches 0 has no direction
-        inside = (along >= self.c * reach * length) & (reach > 1e-7 * (shortest * sizes).sum(-1)[:, None])
+        noise = 64 * EPS * xp.abs(shortest * product).sum(-1)[:, None]  # where the terms of `along` cancel
+        inside = (along >= self.c * reach * length - noise) & (reach > 1e-7 * (shortest * sizes).sum(-1)[:, None])
         direct = shortest * (length / xp.where(reach > 0, reach, 1.0))
 
         # each gradient without its component along the centre, from coefficients: small rows keep their digits
