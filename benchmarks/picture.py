@@ -46,7 +46,7 @@ def draw(axes: Axes, rows: list[dict[str, str]]) -> None:
                 label = NAMES.get(name, name) if y == 0 else None
                 axes.plot(value, y, marker, color=color, markersize=7, label=label, linestyle="none")
                 if name in ("detente", "torchjd", "LibMTL"):
-                    place = (0, -13) if name == "detente" else (0, 8)
+                    place = (0, 8) if name == "torchjd" else (0, -14)  # the two peers may lie side by side
                     axes.annotate(f"{value:.1f}", (value, y), place, textcoords="offset points", ha="center",
                                   fontsize=8, color=color)  # fmt: skip
     axes.set_yticks(range(len(shown)), [SHORT[w] for w in reversed(shown)])
