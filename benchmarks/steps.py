@@ -6,6 +6,7 @@ import argparse
 import csv
 import gc
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -174,7 +175,7 @@ def ratio(value: float) -> str:
 def mean(values: Sequence[float]) -> float:
     """Geometric mean."""
     known = [v for v in values if not math.isnan(v)]
-    return math.exp(math.fsum(map(math.log, known)) / len(known)) if known else math.nan
+    return statistics.geometric_mean(known) if known else math.nan
 
 
 def against_targets(cells: Sequence[Cell]) -> list[list[str]]:

@@ -375,20 +375,23 @@ def _projected(
         rows = source.rows(shares)
 
     features: Features | None
+    why = "source"
     together: Features | None = None
     kept: dict[int, Product] = {}
     if source == "features":
-        features = Features(tensors, found)
+        features = Features(tensors, found, storage)
         jacobian, heads = features.jacobian, features.heads
         partition = _partition(method, jacobian.parameters, tasks, granularity, every, features=True)
     else:
         partition = _partition(method, found.shared, tasks, granularity, every)
         together = _together(tensors, found, rows) if engine == "batched" else None
         alone: set[int] = set()
-        if not (others or method.transforms or method.per_parameter):
+        written = bool(others) or method.transforms or method.per_parameter
+        if not written:
             kept, alone = _kept(found, partition, len(rows), engine, storage)
         inputs = {k: product.inputs for k, product in kept.items()}
         features, jacobian, heads = None, Jacobian(found.shared, len(rows), inputs, alone, storage), []
+        why = f"{method.name} needs every gradient written out" if written else _why(engine, kept, found)
         if together is not None:
             heads = together.heads
             together.pull_each(jacobian, kept)
@@ -398,7 +401,7 @@ def _projected(
     one_pass = features is not None or together is not None
     how = {
         "engine": "features" if features is not None else "batched" if together else "lean" if kept else "serial",
-        "why": "source" if features is not None else _why(engine, method, kept, found, bool(others)),
+        "why": why,
         "backwards": 1 if one_pass else len(rows) * (1 + len(others)),
         "products": len(kept),
     }
@@ -410,6 +413,9 @@ def _projected(
     method.check(context)
     # no history, the weighting's included, sees a step that is not finite
     first = _first(weighting if finite else None, context)
+    if weighting is not None:
+        blocks = blocks * first.unsqueeze(1) * first
+        cross = None if cross is None else cross * first.unsqueeze(1) * first
     context = replace(context, losses=losses * first, cross=cross)
     if shares is not None:
         context = replace(
@@ -419,9 +425,6 @@ def _projected(
             shares=torch.stack([shares[list(row.tasks)].sum() for row in rows]),
         )
         first = torch.ones(len(rows), dtype=torch.float64)
-    if weighting is not None:
-        blocks = blocks * first.unsqueeze(1) * first
-        context.cross = None if cross is None else cross * first.unsqueeze(1) * first
     weights, updates = _resolve(jacobian, method, blocks, partition, context, first, scale, finite)
 
     if features is None:
@@ -469,12 +472,10 @@ def _together(tensors: list[Tensor], found: Reach, rows: list[Row]) -> Features:
     raise ValueError(f"engine='batched' does not work here: {why}. Use engine='auto'.")
 
 
-def _why(engine: str, method: GramianMethod, kept: Mapping[int, Product], found: Reach, several: bool) -> str:
+def _why(engine: str, kept: Mapping[int, Product], found: Reach) -> str:
     """In words, what decided how the task gradients were kept."""
     if engine == "serial":
         return "asked for"
-    if several or method.transforms or method.per_parameter:
-        return f"{method.name} needs every gradient written out"
     how = "can be" if engine == "lean" else "are cheaper as"
     return f"{len(kept)} of {len(found.shared)} shared parameters {how} products of small matrices"
 

@@ -85,7 +85,9 @@ def gramian(rows: Tensor | Sequence[Tensor], others: Tensor | Sequence[Tensor] |
         >>> gramian(torch.tensor([[1.0, 0.0], [1.0, 2.0]])).tolist()
         [[1.0, 1.0], [1.0, 5.0]]
     """
-    if rows[0].device.type == "cpu" and not (isinstance(rows, Tensor) and rows.dtype == torch.float64):
+    if isinstance(rows, Tensor) and rows.dtype == torch.float64:
+        return rows @ (rows if others is None else _matrix(others)).T
+    if rows[0].device.type == "cpu":
         with np.errstate(over="ignore", invalid="ignore"):  # the result shows it
             return torch.from_numpy(_on_host(rows, others))
     return _on_device(_matrix(rows), None if others is None else _matrix(others))
@@ -96,8 +98,6 @@ def _matrix(rows: Tensor | Sequence[Tensor]) -> Tensor:
 
 
 def _on_device(rows: Tensor, others: Tensor | None) -> Tensor:
-    if rows.dtype == torch.float64:
-        return rows @ (rows if others is None else others).T
     total = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
     for start in range(0, rows.shape[1], _COLUMNS):
         wide = rows[:, start : start + _COLUMNS].double()

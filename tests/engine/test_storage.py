@@ -50,20 +50,19 @@ def test_gradients_kept_as_they_come_give_what_rows_give(granularity):
 def test_the_update_shares_no_memory_with_anything_that_stays():
     """The update is written over a task's gradient, but not where an operation hands on what others hold."""
     torch.manual_seed(0)
-    w, seen = nn.Parameter(torch.randn(200, 200)), []
+    w = nn.Parameter(torch.randn(200, 200))
 
     class Handed(torch.autograd.Function):
         workspace = torch.empty(200, 200)
 
         @staticmethod
-        def forward(ctx, x, k):  # type: ignore[no-untyped-def]
+        def forward(ctx, x, k):
             ctx.k = k
             return x.sum() * k
 
         @staticmethod
-        def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        def backward(ctx, gradient):
             Handed.workspace.fill_(float(gradient) * ctx.k)  # the same memory for every task
-            seen.append(Handed.workspace.clone())
             return Handed.workspace, None
 
     losses = [Handed.apply(w, 1.0), Handed.apply(w, -3.0)]
@@ -127,6 +126,15 @@ def test_rows_in_half_precision(dtype, granularity):
     rounding = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-22
     torch.testing.assert_close(net.update(), J.mean(0), rtol=rounding, atol=1e-3 * float(J.abs().max()))
     assert all(p.grad is not None and p.grad.dtype == dtype for p in net.trunk.parameters())
+
+
+def test_features_in_half_precision():
+    """Their gradients are rounded to 2**-9, and so are their lengths, here to less than twice that in the square."""
+    net = Net()
+    exact = detente.backward(net.losses(), detente.CAGrad(), source="features")
+    rounded = detente.backward(net.losses(), detente.CAGrad(), source="features", storage=torch.bfloat16)
+    assert not torch.equal(exact.gramian, rounded.gramian)
+    torch.testing.assert_close(rounded.gramian.diagonal(), exact.gramian.diagonal(), rtol=2.0**-8, atol=0)
 
 
 def test_storage_is_refused_where_it_cannot_apply():

@@ -47,14 +47,11 @@ class Jacobian:
         for k, p in enumerate(self.parameters):
             if k in self.inputs or k in self.fresh:
                 continue
-            dtype = p.dtype.to_real() if p.is_complex() else p.dtype
-            kinds.setdefault((dtype, p.device), []).append(k)
+            kinds.setdefault((p.dtype.to_real(), p.device), []).append(k)
         self.groups = []
         self.slices: list[Tensor] = [torch.empty(0)] * len(self.parameters)  # [T, *shape] views, one per parameter
         self.places: dict[int, tuple[Tensor, ...]] = {}  # the same, one view per row
-        self.dtypes: list[torch.dtype] = []
         for (dtype, device), members in kinds.items():
-            self.dtypes.append(dtype)
             sizes = [self.parameters[k].numel() * (2 if self.parameters[k].is_complex() else 1) for k in members]
             buffer = torch.empty(count, sum(sizes), dtype=storage or dtype, device=device)
             self.groups.append((members, buffer))
@@ -157,15 +154,14 @@ class Jacobian:
     def _combine(self, weights: Tensor, partition: Partition) -> list[Tensor]:
         updates: list[Tensor] = list(self.slices)
         for k, x in self.inputs.items():
-            block = 0 if partition.count == 1 else int(partition.members[k][1])
-            mixed = torch.tensordot(weights[block].to(x.device, x.dtype), self.outputs[k], 1)
+            chosen = weights[int(partition.members[k][1])]
+            mixed = torch.tensordot(chosen.to(x.device, x.dtype), self.outputs[k], 1)
             updates[k] = mixed.T @ x
         for k, tensors in self.fresh.items():
-            block = 0 if partition.count == 1 else int(partition.members[k][1])
-            updates[k] = _mixed(tensors, weights[block].tolist(), self.parameters[k])
+            updates[k] = _mixed(tensors, weights[int(partition.members[k][1])].tolist(), self.parameters[k])
         if partition.count == 1:
-            for (members, buffer), dtype in zip(self.groups, self.dtypes, strict=True):
-                combined = _weighted(weights[0], buffer, dtype)
+            for members, buffer in self.groups:
+                combined = _weighted(weights[0], buffer, self.parameters[members[0]].dtype.to_real())
                 shapes = [self.slices[k].shape[1:] for k in members]
                 for k, part in zip(members, torch.split(combined, [s.numel() for s in shapes]), strict=True):
                     updates[k] = part.view(self.slices[k].shape[1:])

@@ -182,9 +182,10 @@ class Features:
     Args:
         losses: the losses of the step.
         found: its shared and task-specific parameters.
+        storage: dtype in which the gradients are kept; None is that of the features.
     """
 
-    def __init__(self, losses: list[Tensor], found: Reach) -> None:
+    def __init__(self, losses: list[Tensor], found: Reach, storage: torch.dtype | None = None) -> None:
         self.found = found
         edge = boundary(losses, found.masks)
         self.edges = edge.edges
@@ -208,7 +209,7 @@ class Features:
                 hook.remove()
         examples = [next((row[k] for row in taken if row[k] is not None), None) for k in range(len(self.edges))]
         self.used = [k for k, example in enumerate(examples) if example is not None]
-        self.jacobian = Jacobian([g for g in examples if g is not None], len(losses))
+        self.jacobian = Jacobian([g for g in examples if g is not None], len(losses), storage=storage)
         for t, row in enumerate(taken):
             self.jacobian.write(t, [row[k] for k in self.used])
 

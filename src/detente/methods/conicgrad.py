@@ -82,8 +82,8 @@ class ConicGrad(Centred):
         reach = xp.sqrt(floor((shortest * times(gramian, shortest)).sum(-1), 0.0))[:, None]
         along = (shortest * product).sum(-1)[:, None]
         sizes = xp.sqrt(floor(xp.diagonal(gramian, 0, -2, -1), 0.0))
-        # a hull that reaches 0 has no direction
         noise = 64 * EPS * xp.abs(shortest * product).sum(-1)[:, None]  # where the terms of `along` cancel
+        # a hull that reaches 0 has no direction
         inside = (along >= self.c * reach * length - noise) & (reach > 1e-7 * (shortest * sizes).sum(-1)[:, None])
         direct = shortest * (length / xp.where(reach > 0, reach, 1.0))
 
