@@ -21,9 +21,12 @@ ARROWS: dict[str, set[str]] = {
     "method": {"gramian", "solvers"},
     "methods": {"method", "solvers", "gramian", "nn"},
     "engine": {"gramian"},
-    "backward": {"engine", "method", "gramian"},
-    "step": {"backward", "engine.source", "method"},
-    "__init__": {"backward", "engine.source", "method", "methods", "nn", "step"},
+    "losses": set(),
+    "resolve": {"engine", "losses", "method", "gramian"},
+    "backward": {"engine", "losses", "method", "resolve"},
+    "aggregate": {"engine", "method", "resolve"},
+    "step": {"backward", "engine", "losses", "method"},
+    "__init__": {"aggregate", "backward", "engine.source", "method", "methods", "nn", "step"},
 }
 ABOVE = {"benchmark", "diagnostics", "integrations"}  # on top: they may import anything of the library
 LIBRARIES = {"torch", "numpy"} | sys.stdlib_module_names

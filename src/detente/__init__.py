@@ -6,7 +6,8 @@ One line instead of ``loss.backward()``::
 """
 
 from detente import methods, nn
-from detente.backward import aggregate, backward
+from detente.aggregate import aggregate
+from detente.backward import backward
 from detente.engine.source import Every, Sampled
 from detente.method import GramianMethod, LossWeighting, Method, Update, cite, get_method, list_methods
 from detente.methods import *  # noqa: F403

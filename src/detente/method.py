@@ -143,7 +143,10 @@ class Session(Protocol):
     """Optimizer steps taken so far."""
 
     def losses(self, tasks: tuple[str, ...] | None = None) -> dict[str, Tensor]:
-        """A forward pass: the losses of the named tasks, or of all."""
+        """A forward pass: the losses of the named tasks, or of all (with several processes, this one's part)."""
+
+    def join(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Losses that were computed elsewhere, as :meth:`losses` gives them."""
 
     def values(self) -> dict[str, float]:
         """Loss values on the same batch with the parameters as they are now; draws the same random numbers."""

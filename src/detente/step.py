@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from detente.backward import check_finite, named_losses, run
+from detente.backward import Options, joined, run
+from detente.engine.distributed import Counts, Processes
+from detente.engine.grad import pull
+from detente.engine.graph import Reach, listed
 from detente.engine.source import Every, Sampled
+from detente.losses import check_finite, named_losses
 from detente.method import LossWeighting, Method, Update, require_method
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["Closure", "step"]
 
@@ -31,8 +38,10 @@ def step(
     source: str | Sampled | Every = "parameters",
     granularity: str | None = None,
     weighting: LossWeighting | None = None,
+    counts: Counts | None = None,
     engine: str = "auto",
     storage: torch.dtype | None = None,
+    group: ProcessGroup | None = None,
 ) -> Update:
     """Zero the gradients, compute the losses, resolve their conflicts, and step the optimizer.
 
@@ -45,7 +54,9 @@ def step(
             on the current batch. Methods with ``batches > 1`` call it that often: let it take a fresh batch each time.
         optimizer: of all parameters. It is stepped once, or once per task in a sequential step.
         method: a method of this library.
-        shared, source, granularity, weighting, engine, storage: as in :func:`detente.backward`.
+        counts: as in :func:`detente.backward`. The closure may fill a dict that is passed here.
+        shared, source, granularity, weighting, engine, storage, group: as in :func:`detente.backward`. With several
+            processes, some may come without some tasks: the optimizer knows all parameters.
 
     Returns:
         The :class:`Update`; after a sequential step every weight is 1 and ``stats["sequential"]`` is True.
@@ -67,53 +78,75 @@ def step(
     require_method(method)
     if method.requires_step and (weighting is not None or source != "parameters"):
         raise ValueError(f"weighting and source do not apply to the schedule of {method.name}; leave them out.")
-    options = {
-        "shared": shared,
-        "source": source,
-        "granularity": granularity,
-        "weighting": weighting,
-        "engine": engine,
-        "storage": storage,
-    }
+    everything = [p for part in optimizer.param_groups for p in part["params"]]
+    options = Options(
+        shared=None if shared is None else listed(shared),
+        source=source,
+        granularity=granularity,
+        weighting=weighting,
+        counts=counts,
+        engine=engine,
+        storage=storage,
+        parameters=everything,
+        group=group,
+    )
     return method.take_step(_Session(closure, optimizer, method, options))
 
 
 class _Session:
     """What a method's schedule is made of; see :class:`detente.method.Session`."""
 
-    def __init__(
-        self, closure: Closure, optimizer: torch.optim.Optimizer, method: Method, options: dict[str, Any]
-    ) -> None:
+    def __init__(self, closure: Closure, optimizer: torch.optim.Optimizer, method: Method, options: Options) -> None:
         self.closure = closure
         self.optimizer = optimizer
         self.method = method
         self.options = options
-        self.parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+        self.among = Processes.of(options.group)
+        self.parameters: list[Tensor] = list(options.parameters or ())
         self.tasks: tuple[str, ...] = ()
         self.descents = 0
+        self._here: tuple[str, ...] = ()  # of the tasks those that this process has
         self._random: list[Tensor] = []
 
     def losses(self, tasks: tuple[str, ...] | None = None) -> dict[str, Tensor]:
-        self._random = [torch.get_rng_state(), *_cuda_states()]
-        losses = named_losses(self.closure(tasks))
+        losses = self.join(self._forward(tasks))
         self.tasks = tuple(losses)
         return losses
+
+    def join(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self._joined(losses)[0]
+
+    def _forward(self, tasks: tuple[str, ...] | None = None) -> Mapping[str, Tensor]:
+        self._random = [torch.get_rng_state(), *_cuda_states()]
+        losses = self.closure(tasks)
+        with self._together():
+            self._here = tuple(named_losses(losses, any_number=self.among is not None))
+        return losses
+
+    def _together(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.among is None else self.among.failing_together()
+
+    def _joined(self, losses: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Reach]:
+        return joined(losses, None, self.parameters, self.options.counts, self.among)
 
     def values(self) -> dict[str, float]:
         before = [torch.get_rng_state(), *_cuda_states()]
         _set_states(self._random)
         try:
             with torch.no_grad():
-                losses = self.closure(self.tasks)
+                losses = self.closure(self._here) if self._here else {}
         finally:
             _set_states(before)
-        return {task: float(losses[task]) for task in self.tasks}
+        values = {task: float(losses[task]) for task in self._here}
+        return values if self.among is None else self.among.means(values, self.options.counts, self.tasks)
 
     def resolve(self) -> Update:
-        losses = self.losses()
-        more = [self.closure(self.tasks) for _ in range(self.method.batches - 1)]
+        losses = self._forward()
+        more = [self.closure(self._here) for _ in range(self.method.batches - 1)]
         self.optimizer.zero_grad(set_to_none=True)
-        return run(losses, self.method, **self.options, more=more)
+        update = run(losses, self.method, self.options, more)
+        self.tasks = tuple(update.weights)
+        return update
 
     def descend(self) -> None:
         self.optimizer.step()
@@ -121,33 +154,41 @@ class _Session:
 
     def one_by_one(self, tasks: Sequence[str]) -> Update:
         weights: dict[str, Tensor] = {}
-        for task, loss in self._in_turn(tasks):
+        for task, loss, found in self._in_turn(tasks):
             # heads of the other tasks keep gradient None, so that no optimizer moves them
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            pull([loss], [torch.ones_like(loss)], found.leaves, self.among)
             self.descend()
             weights[task] = torch.ones((), dtype=torch.float64)
         return Update(weights, None, {"backwards": len(weights), "sequential": True})
 
-    def _in_turn(self, tasks: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    def _in_turn(self, tasks: Iterable[str]) -> Iterator[tuple[str, Tensor, Reach]]:
         """The loss of each task, computed when its turn comes; tasks without a loss in this batch are left out."""
         for task in tasks:
             losses = dict(self.closure((task,)))
-            if not losses:
+            with self._together():
+                if losses and set(losses) != {task}:
+                    raise ValueError(
+                        f"closure(tasks=({task!r},)) must return the loss of that task alone; got {sorted(losses)}. "
+                        "Compute only the losses named in `tasks`."
+                    )
+            if not losses and self.among is None:
                 continue
-            named_losses(losses)
-            if set(losses) != {task}:
-                raise ValueError(
-                    f"closure(tasks=({task!r},)) must return the loss of that task alone; got {sorted(losses)}. "
-                    "Compute only the losses named in `tasks`."
-                )
-            check_finite(losses)
-            yield task, losses[task]
+            parts, found = self._joined(losses)
+            for part in parts.values():  # of one task, or of none where no process has it
+                value = part.detach().double()
+                if self.among is not None:
+                    value = self.among.total(value.reshape(1)) / self.among.copies
+                check_finite({task: value})
+                yield task, part, found
 
     def gradients(self, losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> list[Tensor | None]:
         factors = [torch.full_like(loss, weights[task]) for task, loss in losses.items()]
         wanted = [p for p in self.parameters if p.requires_grad]
-        found = iter(torch.autograd.grad(list(losses.values()), wanted, factors, allow_unused=True))
+        taken: Sequence[Tensor | None] = torch.autograd.grad(list(losses.values()), wanted, factors, allow_unused=True)
+        if self.among is not None:
+            taken = self.among.sum_some(taken, wanted)
+        found = iter(taken)
         return [next(found) if p.requires_grad else None for p in self.parameters]
 
     def rates(self) -> list[float]:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 import detente
 import matrices
-from detente.backward import run as backward
+from detente.backward import Options
+from detente.backward import run as take
 from detente.method import GramianMethod, Method, method_class
 from reference import geometry
 from reference.agreement import EPS, assert_agrees, conditioning
@@ -51,6 +52,11 @@ def build(name: str, **options) -> Method:
     if "metrics" in method.needs:
         method.observe_metrics({task: 0.1 + 0.8 * k / 26 for k, task in enumerate(NAMES)})
     return method
+
+
+def backward(given: dict[str, Tensor], method: Method, **options) -> detente.Update:
+    """As ``detente.backward``, for methods in whatever phase."""
+    return take(given, method, Options(**options))
 
 
 def losses(T: int, step: int = 0) -> Tensor:

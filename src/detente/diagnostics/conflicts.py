@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from detente.backward import named_losses
 from detente.engine.graph import reach
+from detente.engine.jacobian import Jacobian
 from detente.engine.source import trunk_rows
 from detente.gramian import Partition
+from detente.losses import named_losses
 
 __all__ = ["task_gramian"]
 
@@ -38,4 +39,5 @@ def task_gramian(
     found = reach(tensors, shared)
     if not found.shared:
         return None
-    return trunk_rows(tensors, found, keep=True).gramian(Partition.by_model(found.shared))[0].cpu()
+    rows = trunk_rows(tensors, found, Jacobian(found.shared, len(tensors)), keep=True)
+    return rows.gramian(Partition.by_model(found.shared))[0].cpu()

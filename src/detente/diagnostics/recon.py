@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from detente.backward import named_losses
 from detente.engine.graph import reach
+from detente.engine.jacobian import Jacobian
 from detente.engine.source import trunk_rows
 from detente.gramian import Partition, cosines
+from detente.losses import named_losses
 from detente.nn.task_layers import submodules
 from detente.nn.task_norm import TaskModule
 
@@ -97,7 +98,8 @@ class ConflictScores:
         if not scored:
             return
         found = replace(found, shared=[found.shared[k] for k in scored], tasks=[found.tasks[k] for k in scored])
-        blocks = trunk_rows(tensors, found, keep=True).gramian(Partition.by_layer(found.shared)).cpu()
+        rows = trunk_rows(tensors, found, Jacobian(found.shared, len(tensors)), keep=True)
+        blocks = rows.gramian(Partition.by_layer(found.shared)).cpu()
         positions = torch.tensor([self._parameters[id(p)] for p in found.shared])
         count = len(tensors)
         by_layer = torch.zeros(len(self.layers), count, count, dtype=torch.float64).index_add_(0, positions, blocks)

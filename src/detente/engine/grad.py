@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from detente.engine.distributed import Processes
+
 __all__ = ["accumulate", "pull", "zero_missing"]
 
 
@@ -28,13 +30,20 @@ def accumulate(gradients: Mapping[int, tuple[Tensor, Tensor]], *, ours: bool = F
 
 
 def pull(
-    outputs: Sequence[Tensor] | Sequence[GradientEdge], gradients: Sequence[Tensor], leaves: Sequence[Tensor]
+    outputs: Sequence[Tensor] | Sequence[GradientEdge],
+    gradients: Sequence[Tensor],
+    leaves: Sequence[Tensor],
+    among: Processes | None = None,
 ) -> None:
     """Add to ``.grad`` of the leaves what these gradients of the outputs give: for all of them, or for none.
 
-    Autograd itself accumulates where nothing is there yet, which saves a copy of every gradient.
+    Autograd itself accumulates where nothing is there yet, which saves a copy of every gradient. With several
+    processes the gradients are those of the whole batch.
     """
-    if all(p.grad is None for p in leaves):
+    if among is not None:
+        found = among.gradients(outputs, leaves, gradients)
+        accumulate({id(p): (p, g) for p, g in zip(leaves, found, strict=True)}, ours=True)
+    elif all(p.grad is None for p in leaves) and not _initialized():
         try:
             torch.autograd.backward(outputs, gradients, inputs=leaves)
         except BaseException:
@@ -42,8 +51,13 @@ def pull(
                 p.grad = None
             raise
     else:
-        found = torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)
-        accumulate({id(p): (p, g) for p, g in zip(leaves, found, strict=True) if g is not None})
+        taken = torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)
+        accumulate({id(p): (p, g) for p, g in zip(leaves, taken, strict=True) if g is not None})
+
+
+def _initialized() -> bool:
+    """Whether hooks of DistributedDataParallel may wait for parameters that are not in a pass."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def zero_missing(parameters: Sequence[Tensor]) -> None:

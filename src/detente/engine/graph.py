@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module, Parameter
 
-__all__ = ["Boundary", "Reach", "boundary", "reach", "users"]
+__all__ = ["Boundary", "Reach", "boundary", "listed", "reach", "users"]
 
 
 @dataclass(frozen=True)
@@ -56,24 +56,33 @@ def users(nodes: Iterable[Node]) -> dict[Node, list[Node]]:
     return found
 
 
-def reach(losses: Sequence[Tensor], shared: Iterable[Tensor] | None = None) -> Reach:
+def reach(
+    losses: Sequence[Tensor], shared: Iterable[Tensor] | None = None, order: Iterable[Tensor] | None = None
+) -> Reach:
     """Sort the leaves behind the losses into shared and task-specific.
 
     A parameter is shared when two or more losses reach it, or when it is listed in ``shared``. Leaves that are no
     ``torch.nn.Parameter``, such as inputs that require a gradient, count only where there are no parameters at all.
     One walk over the graph, whatever the number of tasks.
 
+    Args:
+        losses: of the step.
+        shared: parameters to treat as shared; None finds them.
+        order: of the leaves in the result; None is the order in which the graph uses them.
+
     Raises:
         ValueError: an entry of ``shared`` is not a leaf that requires a gradient.
     """
     masks = _walk(losses)
     leaves = [(node.variable, mask) for node, mask in reversed(masks.items()) if node.name() == _LEAF]  # type: ignore[attr-defined]
+    if order is not None:
+        place = {id(p): k for k, p in enumerate(order)}
+        leaves.sort(key=lambda leaf: place.get(id(leaf[0]), len(place)))
     if shared is None:
         any_leaf = not any(isinstance(p, Parameter) for p, _ in leaves)
         chosen = {id(p) for p, mask in leaves if mask & (mask - 1) and (any_leaf or isinstance(p, Parameter))}
     else:
-        if isinstance(shared, Tensor | Module):
-            raise TypeError(f"shared must be an iterable of parameters, such as {_example(shared)}.")
+        shared = listed(shared)
         chosen = set()
         for k, p in enumerate(shared):
             if not isinstance(p, Tensor) or not p.is_leaf or not p.requires_grad:
@@ -93,6 +102,13 @@ def reach(losses: Sequence[Tensor], shared: Iterable[Tensor] | None = None) -> R
             for t in tasks:
                 result.own[t].append(p)
     return result
+
+
+def listed(shared: Iterable[Tensor]) -> list[Tensor]:
+    """What was passed as ``shared``, as a list."""
+    if isinstance(shared, Tensor | Module):
+        raise TypeError(f"shared must be an iterable of parameters, such as {_example(shared)}.")
+    return list(shared)
 
 
 def _example(given: Tensor | Module) -> str:

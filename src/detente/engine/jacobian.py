@@ -10,10 +10,11 @@ from torch import Tensor
 
 from detente.gramian import Partition, gramian
 
-__all__ = ["Jacobian"]
+__all__ = ["Jacobian", "real"]
 
 
-def _real(tensor: Tensor) -> Tensor:
+def real(tensor: Tensor) -> Tensor:
+    """A complex tensor as pairs of real numbers; others as they are."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
@@ -28,6 +29,7 @@ class Jacobian:
         fresh: positions of the parameters whose gradients are kept as the tensors that they come in, without a copy.
             The update overwrites them, so nobody else may hold them.
         storage: dtype of the buffers; None is that of the parameters.
+        shares: with several processes, the share of each parameter in a sum over them; the Gramians are then parts.
     """
 
     def __init__(
@@ -37,21 +39,24 @@ class Jacobian:
         inputs: Mapping[int, Tensor] | None = None,
         fresh: Iterable[int] = (),
         storage: torch.dtype | None = None,
+        shares: Sequence[float] | None = None,
     ) -> None:
         self.parameters = list(parameters)
         self.count = count
+        self.partial = shares is not None  # whether a Gramian is to be summed over the processes
+        self.shares = [1.0] * len(self.parameters) if shares is None else list(shares)
         self.fresh: dict[int, list[Tensor | None]] = {k: [None] * count for k in fresh}
         self.inputs = dict(inputs or {})
         self.outputs = {k: x.new_empty(count, len(x), self.parameters[k].shape[0]) for k, x in self.inputs.items()}
-        kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        kinds: dict[tuple[torch.dtype, torch.device, float], list[int]] = {}
         for k, p in enumerate(self.parameters):
             if k in self.inputs or k in self.fresh:
                 continue
-            kinds.setdefault((p.dtype.to_real(), p.device), []).append(k)
+            kinds.setdefault((p.dtype.to_real(), p.device, self.shares[k]), []).append(k)
         self.groups = []
         self.slices: list[Tensor] = [torch.empty(0)] * len(self.parameters)  # [T, *shape] views, one per parameter
         self.places: dict[int, tuple[Tensor, ...]] = {}  # the same, one view per row
-        for (dtype, device), members in kinds.items():
+        for (dtype, device, _), members in kinds.items():
             sizes = [self.parameters[k].numel() * (2 if self.parameters[k].is_complex() else 1) for k in members]
             buffer = torch.empty(count, sum(sizes), dtype=storage or dtype, device=device)
             self.groups.append((members, buffer))
@@ -78,7 +83,7 @@ class Jacobian:
                 rows[row].zero_()
             else:
                 places.append(rows[row])
-                values.append(_real(gradient))
+                values.append(real(gradient))
         if places:
             torch._foreach_copy_(places, values)
 
@@ -108,8 +113,9 @@ class Jacobian:
         measured = partition.measured
         blocks = torch.zeros(partition.count, self.count, self.count, dtype=torch.float64, device=device)
         if partition.count == 1 and measured is None:
-            for buffer, against in zip(self.buffers, second.buffers, strict=True):
-                blocks[0] += gramian(buffer, None if other is None else against).to(device)
+            for (members, buffer), (_, against) in zip(self.groups, second.groups, strict=True):
+                part = gramian(buffer, None if other is None else against).to(device)
+                blocks[0].add_(part, alpha=self.shares[members[0]])
             for k in (*self.inputs, *self.fresh):
                 blocks[0] += self._of_one(k, device)
             return blocks
@@ -117,11 +123,12 @@ class Jacobian:
             if measured is not None and k not in measured:
                 continue
             if dims == () and other is None:
-                blocks[int(index)] += self._of_one(k, device)
+                blocks[int(index)].add_(self._of_one(k, device), alpha=self.shares[k])
             else:
                 part = _by_slice(rows, dims).double()
                 against = part if other is None else _by_slice(second.slices[k], dims).double()
-                blocks.index_add_(0, index.reshape(-1).to(device), (part @ against.transpose(1, 2)).to(device))
+                product = (part @ against.transpose(1, 2)).to(device)
+                blocks.index_add_(0, index.reshape(-1).to(device), product, alpha=self.shares[k])
         return blocks
 
     def _of_one(self, k: int, device: torch.device) -> Tensor:

@@ -4,18 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from detente.engine.distributed import Processes, Scattered
 from detente.engine.grad import pull, zero_missing
 from detente.engine.graph import Reach, boundary
 from detente.engine.jacobian import Jacobian
 from detente.engine.lean import Product
 
-__all__ = ["Every", "Features", "Row", "Sampled", "done_with", "every_task", "mixed", "spread", "take", "trunk_rows"]
+__all__ = [
+    "Every",
+    "Features",
+    "Head",
+    "Row",
+    "Sampled",
+    "done_with",
+    "every_task",
+    "mixed",
+    "spread",
+    "take",
+    "trunk_rows",
+]
+
+
+Rows = TypeVar("Rows", bound="Jacobian | Scattered")
+Head = tuple[Tensor, int, Tensor]
+"""A parameter that is not shared, the row in which its gradient was taken, and the gradient."""
 
 
 @dataclass(frozen=True)
@@ -183,14 +201,23 @@ class Features:
         losses: the losses of the step.
         found: its shared and task-specific parameters.
         storage: dtype in which the gradients are kept; None is that of the features.
+        among: the processes that take the step together. The features of each are of its own samples, so that the
+            Gramian is the sum of theirs.
     """
 
-    def __init__(self, losses: list[Tensor], found: Reach, storage: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        losses: list[Tensor],
+        found: Reach,
+        storage: torch.dtype | None = None,
+        among: Processes | None = None,
+    ) -> None:
         self.found = found
+        self.among = among
         edge = boundary(losses, found.masks)
         self.edges = edge.edges
         taken: list[list[Tensor | None]] = [[None] * len(self.edges) for _ in losses]
-        self.heads: list[tuple[Tensor, int, Tensor]] = []
+        self.heads: list[Head] = []
         hooks = [node.register_hook(_keeping(taken[t], positions)) for node, t, positions in edge.entries]
         # with skip connections a gradient must not flow on from one feature into another: the trunk's pass does that
         hooks += [e.node.register_prehook(_cut) for e in self.edges] if edge.nested else []
@@ -203,20 +230,23 @@ class Features:
                 gradients = torch.autograd.grad(
                     [losses[t] for t in tasks], ends, retain_graph=edge.nested or len(passes) > 1, allow_unused=True
                 )[len(self.edges) :]
-                self.heads += [(p, t, g) for (p, t), g in zip(own, gradients, strict=True) if g is not None]
+                self.heads += _heads(own, gradients, among)
         finally:
             for hook in hooks:
                 hook.remove()
         examples = [next((row[k] for row in taken if row[k] is not None), None) for k in range(len(self.edges))]
         self.used = [k for k, example in enumerate(examples) if example is not None]
         self.jacobian = Jacobian([g for g in examples if g is not None], len(losses), storage=storage)
+        if among is not None:
+            self.heads = among.heads(self.heads)
+            self.jacobian.partial = True
         for t, row in enumerate(taken):
             self.jacobian.write(t, [row[k] for k in self.used])
 
     def pull(self, updates: Sequence[Tensor]) -> None:
         """Add to ``.grad`` of the shared parameters what carries these gradients of the features."""
         if self.used:
-            pull([self.edges[k] for k in self.used], updates, self.found.shared)
+            pull([self.edges[k] for k in self.used], updates, self.found.shared, self.among)
         zero_missing(self.found.shared)
 
     def pull_each(self, jacobian: Jacobian, products: Mapping[int, Product]) -> None:
@@ -254,7 +284,13 @@ def _cut(gradients: tuple[Tensor, ...]) -> tuple[None, ...]:
     return (None,) * len(gradients)
 
 
-def mixed(losses: list[Tensor], found: Reach, factors: Sequence[float], coefficients: Sequence[float]) -> None:
+def mixed(
+    losses: list[Tensor],
+    found: Reach,
+    factors: Sequence[float],
+    coefficients: Sequence[float],
+    among: Processes | None = None,
+) -> None:
     """Add to ``.grad`` of all leaves in one pass: the heads' own gradients, and a mix for the shared parameters.
 
     Args:
@@ -262,6 +298,7 @@ def mixed(losses: list[Tensor], found: Reach, factors: Sequence[float], coeffici
         found: the leaves behind them. No leaf may be some task's own that another task reaches too.
         factors: of the losses.
         coefficients: by which each task's gradient is multiplied where it enters the shared part of the graph.
+        among: the processes that take the step together.
     """
     inner = {node for node, mask in found.masks.items() if mask & (mask - 1)}
     inner.update(get_gradient_edge(p).node for p in found.shared)
@@ -275,7 +312,7 @@ def mixed(losses: list[Tensor], found: Reach, factors: Sequence[float], coeffici
         for loss, f, c in zip(losses, factors, coefficients, strict=True)
     ]
     try:
-        pull(losses, starts, found.leaves)
+        pull(losses, starts, found.leaves, among)
     finally:
         for hook in hooks:
             hook.remove()
@@ -290,17 +327,18 @@ def _scaling(positions: list[int], factor: float) -> Callable[..., tuple[Tensor 
 
 
 def take(
-    jacobian: Jacobian,
+    jacobian: Jacobian | Scattered,
     r: int,
     row: Row,
     losses: list[Tensor],
     found: Reach,
     convention: str,
     products: Mapping[int, Product],
+    among: Processes | None,
     *,
     last: bool,
-) -> list[tuple[Tensor, int, Tensor]]:
-    """Backpropagate one row: its gradient goes into J; those of its heads are returned as ``(parameter, r, gradient)``.
+) -> list[Head]:
+    """Backpropagate one row: its gradient goes into J; those of its heads are returned.
 
     Heads of a row that averages several tasks take another, short pass (it ends above the trunk), because their own
     losses have other factors than the average. Of the parameters in ``products`` the gradient of the layer's output
@@ -313,13 +351,15 @@ def take(
     factors = None
     if len(row.tasks) > 1:
         factors = [torch.full_like(loss, f) for loss, f in zip(outputs, row.factors, strict=True)]
-    inputs = [products[k].output if k in products else jacobian.parameters[k] for k in mine]
+    inputs = [products[k].output if k in products else found.shared[k] for k in mine]
 
     def gradients_of(
         inputs: Sequence[Tensor | GradientEdge], factors: list[Tensor] | None, keep: bool
     ) -> Sequence[Tensor | None]:
         if not inputs:
             return ()
+        if among is not None and among.layout is not None:
+            return among.layout.gradients(outputs, inputs, factors, keep)  # type: ignore[arg-type]
         # tensors and edges together, as in Features.pull_each
         return torch.autograd.grad(outputs, inputs, factors, retain_graph=keep, allow_unused=True)  # type: ignore[arg-type]
 
@@ -329,16 +369,29 @@ def take(
     else:
         head_gradients = gradients_of(own, [torch.ones_like(loss) for loss in outputs], True)
         taken = gradients_of(inputs, factors, not last)
-    gradients: list[Tensor | None] = [None] * len(jacobian.parameters)
+    gradients: list[Tensor | None] = [None] * len(found.shared)
     for k, gradient in zip(mine, taken, strict=False):
         if gradient is not None and gradient.layout != torch.strided:
             raise ValueError(
-                f"a shared parameter of shape {tuple(jacobian.parameters[k].shape)} has a sparse gradient, which is "
+                f"a shared parameter of shape {tuple(found.shared[k].shape)} has a sparse gradient, which is "
                 "not supported yet. Build the embedding with sparse=False."
             )
         gradients[k] = gradient
     jacobian.write(r, gradients)
-    return [(p, r, g) for p, g in zip(own, head_gradients, strict=True) if g is not None]
+    return _heads([(p, r) for p in own], head_gradients, among)
+
+
+def _heads(
+    own: Sequence[tuple[Tensor, int]], gradients: Sequence[Tensor | None], among: Processes | None
+) -> list[Head]:
+    """Gradients that are there; with several processes all of them, because another process may have them."""
+    found = []
+    for (p, r), gradient in zip(own, gradients, strict=True):
+        if gradient is not None:
+            found.append((p, r, gradient))
+        elif among is not None:
+            found.append((p, r, torch.zeros_like(p)))
+    return found
 
 
 def done_with(found: Reach, rows: Sequence[Row]) -> list[bool]:
@@ -353,16 +406,17 @@ def done_with(found: Reach, rows: Sequence[Row]) -> list[bool]:
     return [not any(mask & own and mask & sum(tasks[r + 1 :]) for mask in common) for r, own in enumerate(tasks)]
 
 
-def trunk_rows(losses: list[Tensor], found: Reach, *, keep: bool) -> Jacobian:
-    """The tasks' gradients of the shared parameters, one backward pass each, without the heads'.
+def trunk_rows(losses: list[Tensor], found: Reach, rows: Rows, among: Processes | None = None, *, keep: bool) -> Rows:
+    """Fill the tasks' gradients of the shared parameters, one backward pass each, without the heads'.
 
     Args:
         losses: of the step, or of another batch with the same tasks.
         found: its shared parameters.
+        rows: of a Jacobian, to be written.
+        among: the processes that take the step together.
         keep: whether the graph is needed afterwards.
     """
     trunk = replace(found, own=[[] for _ in losses])
-    rows = Jacobian(found.shared, len(losses))
     for t, row in enumerate(every_task(len(losses))):
-        take(rows, t, row, losses, trunk, "own", {}, last=not keep and t == len(losses) - 1)
+        take(rows, t, row, losses, trunk, "own", {}, among, last=not keep and t == len(losses) - 1)
     return rows

@@ -102,7 +102,7 @@ class AutoLambda(LossWeighting):
             )
         current = dict(zip(tasks, self.lambdas.read(tasks).tolist(), strict=True))
         with session.moved(session.virtual_step(session.gradients(losses, current))):
-            ahead = session.losses() if self.meta is None else dict(self.meta())
+            ahead = session.losses() if self.meta is None else session.join(self.meta())
             wanted = session.gradients({t: ahead[t] for t in goal}, dict.fromkeys(goal, 1.0))
         wanted = [None if v is None else rate * v for v, rate in zip(wanted, session.rates(), strict=True)]
         length = math.sqrt(sum(float(v.double().square().sum()) for v in wanted if v is not None))

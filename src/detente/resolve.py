@@ -1,0 +1,426 @@
+"""One step, from the losses and the leaves behind them to ``.grad``."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from detente.engine.distributed import Processes, Scattered
+from detente.engine.grad import accumulate, pull
+from detente.engine.graph import Reach, users
+from detente.engine.jacobian import Jacobian
+from detente.engine.lean import LARGE, Product, fresh, obstacle, products, worth
+from detente.engine.source import (
+    Every,
+    Features,
+    Head,
+    Row,
+    Sampled,
+    done_with,
+    every_task,
+    mixed,
+    spread,
+    take,
+    trunk_rows,
+)
+from detente.gramian import Partition
+from detente.losses import check_finite
+from detente.method import Context, GramianMethod, LossWeighting, Method, Update
+
+__all__ = ["Step", "first_weights", "resolve"]
+
+Rows = Jacobian | Scattered
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step on one or several processes.
+
+    Attributes:
+        named: losses by task; with several processes, this one's part of them.
+        found: the leaves behind them.
+        others: the losses on further batches.
+        among: the processes that take the step together; None is this one alone.
+        every: what remembers the coefficients, where they are reused.
+        method, source, granularity, weighting, scale, engine, storage: see :func:`detente.backward`.
+    """
+
+    named: dict[str, Tensor]
+    found: Reach
+    others: list[tuple[dict[str, Tensor], Reach]]
+    method: Method
+    source: str | Sampled
+    every: Every | None
+    granularity: str | None
+    weighting: LossWeighting | None
+    scale: float
+    engine: str
+    storage: torch.dtype | None
+    among: Processes | None
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(self.named)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return list(self.named.values())
+
+    def take(self) -> Update:
+        """Write the update into ``.grad``."""
+        method, found = self.method, self.found
+        if isinstance(method, LossWeighting):
+            return self._weighted(method, self.weighting)
+        assert isinstance(method, GramianMethod)
+        if self.every is not None and method.heads == "own" and not found.apart:
+            raise ValueError(
+                "source=detente.Every(...) takes all losses in one pass, and a parameter that is not listed in "
+                "`shared` is reached by several of them. List it, or leave `shared` out."
+            )
+        weighting = self.weighting or method.own_weighting
+        if self.every is not None and found.shared and not self.every.due(self.tasks):
+            return self._reused(method, weighting, self.every)
+        if not found.shared:
+            if len(self.tasks) > 1 and found.apart:
+                warnings.warn(
+                    f"no parameter is reached by two or more of the losses {list(self.tasks)}: there is no conflict to "
+                    "resolve, and every loss gets its plain gradient. Were the shared features detached?",
+                    stacklevel=4,
+                )
+            return self._weighted(_PLAIN, weighting)
+        return self._projected(method, weighting)
+
+    def _weighted(self, method: LossWeighting, weighting: LossWeighting | None) -> Update:
+        """One pass of the weighted losses."""
+        losses = self._read()
+        context = Context(self.tasks, losses=losses)
+        method.check(context)
+        weights = first_weights(weighting, context)
+        weights = weights * method.weights(losses * weights, context)
+        factors = [
+            w.to(loss.device, loss.dtype).reshape(loss.shape) for w, loss in zip(weights, self.tensors, strict=True)
+        ]
+        pull(self.tensors, factors, self.found.leaves, self.among)
+        stats = {"backwards": 1, **context.stats}
+        return Update(dict(zip(self.tasks, weights, strict=True)), None, stats)
+
+    def _reused(self, method: GramianMethod, weighting: LossWeighting | None, every: Every) -> Update:
+        """A step with the coefficients of an earlier one: one pass for all tasks."""
+        losses = self._read()
+        context = Context(self.tasks, losses=losses)
+        method.check(context)
+        finite = bool(losses.isfinite().all())
+        first = first_weights(weighting if finite else None, context)
+        kept = torch.tensor(
+            [every.coefficients[task] if finite else math.nan for task in self.tasks], dtype=torch.float64
+        )
+        heads, inner = first, kept
+        if method.heads == "weighted":
+            out = torch.tensor([task in every.dropped for task in self.tasks])
+            heads, inner = torch.where(out, first, first * kept), torch.where(out, kept, 1.0)
+        mixed(self.tensors, self.found, heads.tolist(), inner.tolist(), self.among)
+        every.reused += finite
+        stats = {"engine": "reused", "backwards": 1, "reused": every.reused, **context.stats}
+        return Update(dict(zip(self.tasks, kept * first, strict=True)), None, stats)
+
+    def _projected(self, method: GramianMethod, weighting: LossWeighting | None) -> Update:
+        """The task gradients, their Gramian, the method's coefficients, the update."""
+        tasks, found = self.tasks, self.found
+        rows, shares = every_task(len(tasks)), None
+        if isinstance(self.source, Sampled):
+            losses = self._read()
+            shares = method.sampling_shares(Context(tasks, losses=losses))
+            rows = self.source.rows(shares)
+        taken = self._features(method) if self.source == "features" else self._gradients(method, rows)
+        jacobian, partition = taken.jacobian, taken.partition
+
+        cross = self._cross(taken) if self.others else None
+        blocks, cross, losses, finite = self._to_host(jacobian.gramian(partition), cross, jacobian.partial)
+        sizes = tuple(buffer.shape[1] for buffer in jacobian.buffers)
+        context = Context(tasks, losses=losses, partition=partition, sizes=sizes)
+        method.check(context)
+        # no history, the weighting's included, sees a step that is not finite
+        first = first_weights(weighting if finite else None, context)
+        if weighting is not None:
+            blocks = blocks * first.unsqueeze(1) * first
+            cross = None if cross is None else cross * first.unsqueeze(1) * first
+        context = replace(context, losses=losses * first, cross=cross)
+        if shares is not None:
+            context = replace(
+                context,
+                tasks=tuple(tasks[row.tasks[0]] if len(row.tasks) == 1 else "(rest)" for row in rows),
+                losses=torch.stack([losses[list(row.tasks)] @ torch.tensor(row.factors).double() for row in rows]),
+                shares=torch.stack([shares[list(row.tasks)].sum() for row in rows]),
+            )
+            first = torch.ones(len(rows), dtype=torch.float64)
+        weights, updates = resolve(jacobian, method, blocks, partition, context, first, self.scale, finite)
+
+        if taken.features is not None:
+            taken.features.pull(updates)
+        else:
+            if self.among is not None:
+                updates = self.among.restored(found.shared, updates)
+            accumulate({id(p): (p, u) for p, u in zip(found.shared, updates, strict=True)}, ours=True)
+        total = blocks.sum(0).numpy()
+        # a task that is left out for its zero trunk gradient still trains its head
+        left_out = ~((blocks.numpy().diagonal(0, 1, 2) > 0).any(0) | (weights.numpy() != 0).any(0))
+        self._train_heads(taken.heads, method, weights, first, left_out)
+
+        stats: dict[str, Any] = {
+            **taken.how,
+            "conflicts": int(np.count_nonzero(np.triu(total, 1) < 0)),
+            "dropped": [t for t, out in zip(context.tasks, left_out.tolist(), strict=True) if out],
+            **context.stats,
+        }
+        if len(rows) < len(tasks):
+            stats["sampled"] = [tasks[row.tasks[0]] for row in rows[:-1]]
+        if self.every is not None:
+            stats["reused"] = 0
+            raw = spread(torch.where(first == 0, 0.0, weights[0] / first), rows, len(tasks))
+            if finite and bool(raw.isfinite().all()):
+                dropped = [tasks[t] for row, out in zip(rows, left_out.tolist(), strict=True) if out for t in row.tasks]
+                self.every.keep(dict(zip(tasks, raw.tolist(), strict=True)), dropped)
+        by_task = spread(weights[0] if partition.count == 1 else weights, rows, len(tasks))
+        return Update(dict(zip(tasks, by_task.unbind(-1), strict=True)), torch.from_numpy(total), stats)
+
+    def _features(self, method: GramianMethod) -> _Taken:
+        """The task gradients of the features; those of different processes belong to different samples."""
+        if self.among is not None:
+            self.among.need_features()
+        features = Features(self.tensors, self.found, self.storage, self.among)
+        partition = self._partition(method, features.jacobian.parameters)
+        how = {"engine": "features", "why": "source", "backwards": 1, "products": 0}
+        return _Taken(features.jacobian, features.heads, partition, how, features)
+
+    def _gradients(self, method: GramianMethod, rows: list[Row]) -> _Taken:
+        """The task gradients of the shared parameters."""
+        found, count = self.found, len(rows)
+        partition = self._partition(method, found.shared)
+        written = bool(self.others) or method.transforms or method.per_parameter
+        if self.among is not None:
+            if self.engine not in ("auto", "serial"):
+                raise ValueError(
+                    f"engine={self.engine!r} keeps what one process knows of its own samples, and gradients must be "
+                    "summed over the processes. Use engine='auto'."
+                )
+            partition = self.among.agreed(partition, found.shared)
+            jacobian: Rows = self.among.rows(found.shared, count, partition, self.storage, whole=method.transforms)
+            heads = self._row_by_row(jacobian, rows, method, {})
+            how = {"engine": "serial", "why": "several processes", "backwards": count, "products": 0}
+            return _Taken(jacobian, heads, partition, how)
+        together = _together(self.tensors, found, rows) if self.engine == "batched" else None
+        kept: dict[int, Product] = {}
+        alone: set[int] = set()
+        if not written:
+            kept, alone = _kept(found, partition, count, self.engine, self.storage)
+        inputs = {k: product.inputs for k, product in kept.items()}
+        jacobian = Jacobian(found.shared, count, inputs, alone, self.storage)
+        if together is not None:
+            heads = together.heads
+            together.pull_each(jacobian, kept)
+        else:
+            heads = self._row_by_row(jacobian, rows, method, kept)
+        how = {
+            "engine": "batched" if together else "lean" if kept else "serial",
+            "why": f"{method.name} needs every gradient written out" if written else _why(self.engine, kept, found),
+            "backwards": 1 if together else count * (1 + len(self.others)),
+            "products": len(kept),
+        }
+        return _Taken(jacobian, heads, partition, how)
+
+    def _row_by_row(
+        self, jacobian: Rows, rows: list[Row], method: GramianMethod, kept: Mapping[int, Product]
+    ) -> list[Head]:
+        heads = []
+        for r, (row, last) in enumerate(zip(rows, done_with(self.found, rows), strict=True)):
+            heads += take(jacobian, r, row, self.tensors, self.found, method.heads, kept, self.among, last=last)
+        return heads if self.among is None else self.among.heads(heads)
+
+    def _partition(self, method: GramianMethod, parameters: list[Tensor]) -> Partition:
+        chosen = self.granularity or method.native_granularity
+        if self.source == "features" and chosen == "channel":
+            partition = Partition.by_channel(parameters, dim=1)  # dimension 0 of a feature is the sample
+        else:
+            partition = method.partition(parameters, self.tasks, chosen)
+        if self.every is not None and partition.count > 1:
+            raise ValueError(
+                f"source=detente.Every(...) reuses one coefficient per task, and {partition.count} blocks have one "
+                "each. Use granularity='model'."
+            )
+        if method.heads == "weighted" and partition.count > 1:
+            raise ValueError(
+                f"{method.name} weights the heads' losses by the tasks' coefficients, and {partition.count} blocks "
+                "have one coefficient each. Use heads='own', or granularity='model'."
+            )
+        return partition
+
+    def _cross(self, taken: _Taken) -> Tensor:
+        """Products ``[B, T, T]`` of the gradients on two further batches, or on this and one further batch."""
+        each = [taken.jacobian]
+        for batch, found in self.others:
+            jacobian: Rows = Jacobian(found.shared, len(batch))
+            if self.among is not None:
+                jacobian = self.among.rows(found.shared, len(batch), taken.partition, None)
+            each.append(trunk_rows(list(batch.values()), found, jacobian, self.among, keep=False))
+        return each[-2].gramian(taken.partition, each[-1])  # type: ignore[arg-type]
+
+    def _train_heads(
+        self, heads: list[Head], method: GramianMethod, weights: Tensor, first: Tensor, left_out: Any
+    ) -> None:
+        gradients: dict[int, tuple[Tensor, Tensor]] = {}
+        for p, r, gradient in heads:
+            weighted = method.heads == "weighted" and not left_out[r]
+            factor = float(weights[0, r]) if weighted else float(first[r])
+            scaled = gradient if factor == 1 else gradient * factor
+            gradients[id(p)] = (p, gradients[id(p)][1] + scaled if id(p) in gradients else scaled)
+        accumulate(gradients)
+
+    def _values(self) -> Tensor:
+        """Loss values ``[T]`` float64, still scaled and on the losses' device."""
+        device = self.tensors[0].device
+        if device.type == "cpu":
+            return torch.tensor([loss.item() for loss in self.tensors], dtype=torch.float64)
+        return torch.stack([loss.detach().reshape(()).double().to(device) for loss in self.tensors])
+
+    def _read(self) -> Tensor:
+        """Unscaled loss values ``[T]`` float64 on the CPU, checked where no gradient scaler would skip the step."""
+        losses = self._values()
+        if self.among is not None:
+            losses = self.among.total(losses) / self.among.copies
+        losses = losses.cpu() / self.scale
+        if self.scale == 1.0:
+            check_finite(dict(zip(self.tasks, losses, strict=True)))
+        return losses
+
+    def _to_host(self, raw: Tensor, cross: Tensor | None, partial: bool) -> tuple[Tensor, Tensor | None, Tensor, bool]:
+        """Unscaled products of the gradients and loss values in float64 on the CPU, and whether all are finite.
+
+        One transfer, whatever is on a device; with several processes, after one sum over them (of the products where
+        they are ``partial``). Raises where a loss is not finite and no gradient scaler is there.
+        """
+        values = self._values()
+        given = [values, raw] if cross is None else [values, raw, cross]
+        if self.among is not None:
+            given = self.among.add_up(given, partial)
+        devices = {t.device for t in given if t.device.type != "cpu"}
+        if devices:
+            flat = torch.cat([part.to(next(iter(devices))).reshape(-1) for part in given]).cpu()
+            pieces = torch.split(flat, [part.numel() for part in given])
+            given = [piece.view(part.shape) for piece, part in zip(pieces, given, strict=True)]
+        values, raw, *rest = given
+        finite = all(np.isfinite(part.numpy()).all() for part in given)
+        if self.scale != 1.0:
+            values, raw, rest = values / self.scale, raw / self.scale**2, [part / self.scale**2 for part in rest]
+        elif not finite:
+            check_finite(dict(zip(self.tasks, values, strict=True)))
+        return raw, rest[0] if rest else None, values, finite
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """The task gradients of a step.
+
+    Attributes:
+        jacobian: their rows.
+        heads: the gradients of the tasks' own parameters.
+        partition: the blocks.
+        how: they were taken, for ``stats``.
+        features: the place where they were taken, where that is not the shared parameters.
+    """
+
+    jacobian: Rows
+    heads: list[Head]
+    partition: Partition
+    how: dict[str, Any]
+    features: Features | None = None
+
+
+def first_weights(weighting: LossWeighting | None, context: Context) -> Tensor:
+    """Weights of the losses before the method sees them."""
+    assert context.losses is not None
+    if weighting is None:
+        return torch.ones_like(context.losses)
+    return weighting.weights(context.losses, context)
+
+
+def _together(tensors: list[Tensor], found: Reach, rows: list[Row]) -> Features:
+    """The features from which one batched pass takes all gradients through the trunk."""
+    why = "it takes the gradient of every task" if len(rows) < len(tensors) else obstacle(found.masks, found.shared)
+    if why is None:
+        try:
+            return Features(tensors, found)
+        except ValueError as error:
+            why = str(error).partition(". Use")[0]
+    raise ValueError(f"engine='batched' does not work here: {why}. Use engine='auto'.")
+
+
+def _why(engine: str, kept: Mapping[int, Product], found: Reach) -> str:
+    """In words, what decided how the task gradients were kept."""
+    if engine == "serial":
+        return "asked for"
+    how = "can be" if engine == "lean" else "are cheaper as"
+    return f"{len(kept)} of {len(found.shared)} shared parameters {how} products of small matrices"
+
+
+def _kept(
+    found: Reach, partition: Partition, count: int, engine: str, storage: torch.dtype | None
+) -> tuple[dict[int, Product], set[int]]:
+    """Which task gradients need no buffer, by position: those kept as products, and as the tensors that come."""
+    whole = [k for k, (dims, _) in enumerate(partition.members) if dims == ()]
+    lean = [k for k in whole if engine == "lean" or (engine != "serial" and worth(1, found.shared[k].shape, count))]
+    copied = engine == "batched" or storage is not None
+    large = [] if copied else [k for k in whole if found.shared[k].numel() >= LARGE]
+    if not (lean or large):
+        return {}, set()
+    feeds = users(found.masks)
+    kept = {
+        lean[i]: product
+        for i, product in products(feeds, [found.shared[k] for k in lean]).items()
+        if engine == "lean" or worth(product.samples, found.shared[lean[i]].shape, count)
+    }
+    large = [k for k in large if k not in kept]
+    return kept, {large[i] for i in fresh(feeds, [found.shared[k] for k in large])}
+
+
+def resolve(
+    jacobian: Rows,
+    method: GramianMethod,
+    blocks: Tensor,
+    partition: Partition,
+    context: Context,
+    first: Tensor,
+    scale: float,
+    finite: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """Coefficients ``[B, T]`` of the raw task gradients, and the update they give."""
+    if not method.transforms:
+        weights = method.weights(blocks, context) * first
+        return weights, jacobian.combine(weights, partition)
+    if not finite:
+        weights = torch.full(blocks.shape[:-1], math.nan, dtype=torch.float64)
+        return weights, jacobian.combine(weights, partition)
+    for buffer in jacobian.buffers:
+        buffer.mul_((first / scale).to(buffer.device, buffer.dtype).unsqueeze(1))
+    method.transform(jacobian.buffers, context)
+    weights = method.weights(jacobian.gramian(partition).cpu(), context)
+    return weights * first, jacobian.combine(weights * scale, partition)
+
+
+class _Plain(LossWeighting):
+    """Every loss with weight 1: what a step without shared parameters does."""
+
+    name = "plain"
+    needs = frozenset()
+
+    def rule(self, losses: Tensor, context: Context) -> Tensor:
+        return torch.ones_like(losses)
+
+
+_PLAIN = _Plain()
