@@ -202,19 +202,10 @@ class Step:
     def _gradients(self, method: GramianMethod, rows: list[Row]) -> _Taken:
         """The task gradients of the shared parameters."""
         found, count = self.found, len(rows)
+        if self.among is not None:
+            return self._summed(method, rows, self.among)
         partition = self._partition(method, found.shared)
         written = bool(self.others) or method.transforms or method.per_parameter
-        if self.among is not None:
-            if self.engine not in ("auto", "serial"):
-                raise ValueError(
-                    f"engine={self.engine!r} keeps what one process knows of its own samples, and gradients must be "
-                    "summed over the processes. Use engine='auto'."
-                )
-            partition = self.among.agreed(partition, found.shared)
-            jacobian: Rows = self.among.rows(found.shared, count, partition, self.storage, whole=method.transforms)
-            heads = self._row_by_row(jacobian, rows, method, {})
-            how = {"engine": "serial", "why": "several processes", "backwards": count, "products": 0}
-            return _Taken(jacobian, heads, partition, how)
         together = _together(self.tensors, found, rows) if self.engine == "batched" else None
         kept: dict[int, Product] = {}
         alone: set[int] = set()
@@ -234,6 +225,24 @@ class Step:
             "products": len(kept),
         }
         return _Taken(jacobian, heads, partition, how)
+
+    def _summed(self, method: GramianMethod, rows: list[Row], among: Processes) -> _Taken:
+        """The task gradients of the shared parameters, summed over the processes."""
+        shared, count = self.found.shared, len(rows)
+        if self.engine not in ("auto", "serial"):
+            raise ValueError(
+                f"engine={self.engine!r} keeps what one process knows of its own samples, and gradients must be summed "
+                "over the processes. Use engine='auto'."
+            )
+        how = {"engine": "serial", "why": "several processes", "backwards": count, "products": 0}
+        if among.layout is not None:
+            jacobian: Rows = among.layout.rows(shared, count, self.storage, among.size, whole=method.transforms)
+            heads = self._row_by_row(jacobian, rows, method, {})
+            # only now are the layers' weights those that the optimizer knows
+            return _Taken(jacobian, heads, among.agreed(self._partition(method, shared), shared), how)
+        partition = among.agreed(self._partition(method, shared), shared)
+        jacobian = among.rows(shared, count, partition, self.storage, whole=method.transforms)
+        return _Taken(jacobian, self._row_by_row(jacobian, rows, method, {}), partition, how)
 
     def _row_by_row(
         self, jacobian: Rows, rows: list[Row], method: GramianMethod, kept: Mapping[int, Product]

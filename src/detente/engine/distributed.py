@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from detente.engine.graph import Reach, reach
+from detente.engine.graph import SINK, Reach, reach, root
 from detente.engine.jacobian import Jacobian, real
 from detente.gramian import Partition
 
@@ -117,7 +117,7 @@ class Processes:
                 parts[task] = torch.zeros((), requires_grad=True, device=device)
         if alike:
             for t, part in enumerate(parts.values()):
-                found.masks[get_gradient_edge(part).node] = 1 << t
+                found.masks[root(part)] = 1 << t
         return parts, found if alike else self._merged(parts, shared, parameters, list(losses))
 
     @contextmanager
@@ -135,6 +135,7 @@ class Processes:
         found = reach(list(losses.values()), shared, parameters)
         for p in found.leaves:
             _refuse_foreign(p)
+        _take_over(losses, found)
         # loading PyTorch's tensors over meshes takes longer than all of the rest
         from detente.engine.sharded import layout
 
@@ -173,12 +174,7 @@ class Processes:
         Blocks, and methods that rewrite rows (``whole``), need whole rows on every process.
         """
         if self.layout is not None:
-            if whole:
-                raise RuntimeError(
-                    "this method rewrites the task gradients as a whole, and under fully_shard and tensor parallelism "
-                    "no process has them. Use DistributedDataParallel for it."
-                )
-            return self.layout.rows(parameters, count, storage, self.size)
+            return self.layout.rows(parameters, count, storage, self.size, whole=whole)
         if whole or partition.count > 1 or partition.measured is not None:
             return Summed(parameters, count, self, storage=storage)
         return Scattered(parameters, count, self, storage)
@@ -354,8 +350,8 @@ class Processes:
 
 
 # their names since torch 2.13, where the old ones warn
-_all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 
 
 def _restored(flat: Tensor, like: Tensor) -> Tensor:
@@ -429,6 +425,16 @@ def _refuse_foreign(p: Tensor) -> None:
                 f"a parameter of shape {tuple(p.shape)} belongs to {engine}, which does not give the gradients of "
                 "single tasks. Use DistributedDataParallel, or fully_shard (FSDP2)."
             )
+
+
+def _take_over(losses: Mapping[str, Tensor], found: Reach) -> None:
+    """Keep DistributedDataParallel(static_graph=True) from reducing what it believes to be its first backward pass."""
+    nodes = [get_gradient_edge(loss).node for loss in losses.values()]
+    nodes += [child for node in found.masks for child, _ in node.next_functions if child is not None]
+    for node in nodes:
+        if type(node).__name__ == SINK:
+            wrapper = node.ddp_weakref()  # type: ignore[attr-defined]
+            wrapper._static_graph_delay_allreduce_enqueued = True
 
 
 _FOREIGN = {

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module, Parameter
 
-__all__ = ["Boundary", "Reach", "boundary", "listed", "reach", "users"]
+__all__ = ["SINK", "Boundary", "Reach", "boundary", "feeds", "listed", "reach", "root", "users"]
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,39 @@ class Reach:
         return len(self.leaves) == len(self.shared) + sum(map(len, self.own))
 
 
+def feeds(node: Node) -> list[tuple[Node | None, int]]:
+    """What a node takes its values from, each with the number of the output.
+
+    Seen through the node that DistributedDataParallel puts behind all outputs of a model, which would make every loss
+    depend on everything.
+    """
+    return [(child, number) if type(child).__name__ != SINK else _behind(child, number) for child, number in
+            node.next_functions]  # fmt: skip
+
+
+SINK = "_DDPSinkBackward"
+
+
+def _behind(child: Node | None, number: int) -> tuple[Node | None, int]:
+    while type(child).__name__ == SINK:
+        assert child is not None
+        child, number = child.next_functions[number]
+    return child, number
+
+
+def root(loss: Tensor) -> Node:
+    """The node that computed a loss."""
+    edge = get_gradient_edge(loss)
+    node, _ = _behind(edge.node, edge.output_nr)
+    assert node is not None
+    return node
+
+
 def users(nodes: Iterable[Node]) -> dict[Node, list[Node]]:
     """What each node of a graph feeds, as often as it does."""
     found: dict[Node, list[Node]] = {}
     for node in nodes:
-        for child, _ in node.next_functions:
+        for child, _ in feeds(node):
             if child is not None:
                 found.setdefault(child, []).append(node)
     return found
@@ -145,7 +173,7 @@ def boundary(losses: Sequence[Tensor], masks: Mapping[Node, int]) -> Boundary:
     edges: dict[GradientEdge, int] = {}
     entries: list[tuple[Node, int, list[tuple[int, int]]]] = []
     for t, loss in enumerate(losses):
-        mask = masks[get_gradient_edge(loss).node]
+        mask = masks[root(loss)]
         if mask & (mask - 1):
             raise ValueError(
                 f"loss {t} is itself part of what other losses are computed from, so there are no features between "
@@ -155,7 +183,7 @@ def boundary(losses: Sequence[Tensor], masks: Mapping[Node, int]) -> Boundary:
         if mask & (mask - 1):
             continue
         taken = []
-        for place, (child, number) in enumerate(node.next_functions):
+        for place, (child, number) in enumerate(feeds(node)):
             if child is None or not masks[child] & (masks[child] - 1):
                 continue
             if child.name() == _LEAF:
@@ -170,12 +198,12 @@ def boundary(losses: Sequence[Tensor], masks: Mapping[Node, int]) -> Boundary:
             entries.append((node, mask.bit_length() - 1, taken))
     ends = {edge.node for edge in edges}
     below: set[Node] = set()
-    stack = [child for node in ends for child, _ in node.next_functions if child is not None]
+    stack = [child for node in ends for child, _ in feeds(node) if child is not None]
     while stack:
         node = stack.pop()
         if node not in below:
             below.add(node)
-            stack.extend(child for child, _ in node.next_functions if child is not None)
+            stack.extend(child for child, _ in feeds(node) if child is not None)
     return Boundary(list(edges), entries, bool(ends & below))
 
 
@@ -186,12 +214,12 @@ def _walk(losses: Sequence[Tensor]) -> dict[Node, int]:
     """All nodes behind the losses, each after what it feeds on, and the set of losses that reach each."""
     roots: dict[Node, int] = {}
     for t, loss in enumerate(losses):
-        node = get_gradient_edge(loss).node
+        node = root(loss)
         roots[node] = roots.get(node, 0) | 1 << t
     order: list[Node] = []
     seen: set[Node] = set()
-    for root in roots:
-        stack: list[tuple[Node, bool]] = [(root, False)]
+    for start in roots:
+        stack: list[tuple[Node, bool]] = [(start, False)]
         while stack:
             node, done = stack.pop()
             if done:
@@ -199,11 +227,11 @@ def _walk(losses: Sequence[Tensor]) -> dict[Node, int]:
             elif node not in seen:
                 seen.add(node)
                 stack.append((node, True))
-                stack.extend((child, False) for child, _ in node.next_functions if child is not None)
+                stack.extend((child, False) for child, _ in feeds(node) if child is not None)
     masks = dict.fromkeys(order, 0) | roots
     for node in reversed(order):
         mask = masks[node]
-        for child, _ in node.next_functions:
+        for child, _ in feeds(node):
             if child is not None:
                 masks[child] |= mask
     return masks

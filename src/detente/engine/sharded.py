@@ -29,8 +29,15 @@ class Layout:
     def __init__(self, groups: Sequence[Any]) -> None:
         self.groups = list(groups)
 
-    def rows(self, parameters: Sequence[Tensor], count: int, storage: torch.dtype | None, size: int) -> Jacobian:
+    def rows(
+        self, parameters: Sequence[Tensor], count: int, storage: torch.dtype | None, size: int, *, whole: bool
+    ) -> Jacobian:
         """Rows of what this process holds; their Gramian is a part of the whole one."""
+        if whole:
+            raise RuntimeError(
+                "this method rewrites the task gradients as a whole, and under fully_shard and tensor parallelism no "
+                "process has them. Use DistributedDataParallel for it."
+            )
         return _Parts(
             [_local(p) for p in parameters], count, storage=storage, shares=[_share(p, size) for p in parameters]
         )

@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from detente.engine.distributed import Processes, Scattered
 from detente.engine.grad import pull, zero_missing
-from detente.engine.graph import Reach, boundary
+from detente.engine.graph import Reach, boundary, feeds, root
 from detente.engine.jacobian import Jacobian
 from detente.engine.lean import Product
 
@@ -304,11 +304,11 @@ def mixed(
     inner.update(get_gradient_edge(p).node for p in found.shared)
     hooks = []
     for node, mask in found.masks.items():
-        entering = [] if node in inner else [k for k, (child, _) in enumerate(node.next_functions) if child in inner]
+        entering = [] if node in inner else [k for k, (child, _) in enumerate(feeds(node)) if child in inner]
         if entering:
             hooks.append(node.register_hook(_scaling(entering, coefficients[mask.bit_length() - 1])))
     starts = [
-        torch.full_like(loss, f * c if get_gradient_edge(loss).node in inner else f)
+        torch.full_like(loss, f * c if root(loss) in inner else f)
         for loss, f, c in zip(losses, factors, coefficients, strict=True)
     ]
     try:

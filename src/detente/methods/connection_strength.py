@@ -65,7 +65,7 @@ class Pair:
         """Normalised connection strengths ``[tasks, channels]``, float64, each row summing to 1 (Eq. 4 to 7)."""
         dims, index = self.channels()
         others = tuple(d for d in range(self.weight.dim()) if d not in dims)
-        squares = self.weight.detach().double().square().sum(others).cpu()
+        squares = _whole(self.weight).double().square().sum(others).cpu()
         index = index.expand(squares.shape)
         connections = torch.zeros(int(index.max()) + 1, dtype=torch.float64)
         connections.index_add_(0, index.reshape(-1), squares.reshape(-1))
@@ -74,12 +74,18 @@ class Pair:
             norm = self.norm[task]
             strength = connections.clone()
             if norm.weight is not None:
-                strength *= norm.weight.detach().double().cpu().square()
+                strength *= _whole(norm.weight).double().cpu().square()
             if self.form == "batch":
                 strength /= norm.running_var.double().cpu() + norm.eps
             total = strength.sum()
             rows.append(strength / total if total > 0 else strength)
         return torch.stack(rows)
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """The values of a parameter, also where it is spread over processes."""
+    gather = getattr(parameter, "full_tensor", None)
+    return parameter.detach() if gather is None else gather().detach()
 
 
 def find_pairs(model: nn.Module) -> list[Pair]:
