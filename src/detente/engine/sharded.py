@@ -111,18 +111,20 @@ def layout(found: Reach, size: int) -> tuple[Layout, Reach] | None:
                 f"a parameter of shape {tuple(p.shape)} is outside of fully_shard, while others are inside: nobody "
                 "averages its gradient. Call fully_shard on the whole model last."
             )
-        if isinstance(result, DTensor) and result.device_mesh.size() != size:
-            raise RuntimeError(
-                f"a parameter of shape {tuple(p.shape)} is spread over {result.device_mesh.size()} of {size} "
-                "processes. Put all parameters on one mesh of all processes, such as "
-                'init_device_mesh(device, (data, model), mesh_dim_names=("data", "model")), and fully_shard the '
-                "model over its data dimension; or pass group=."
-            )
         return result
 
-    return Layout(groups), replace(
+    spread = replace(
         found, shared=[known(p) for p in found.shared], own=[[known(p) for p in own] for own in found.own]
     )
+    # under FSDP2 with tensor parallelism, what is not cut by the latter lies on the data dimension of the mesh alone
+    largest = max(p.device_mesh.size() for p in spread.leaves if isinstance(p, DTensor))
+    if largest != size:
+        raise RuntimeError(
+            f"the parameters are spread over {largest} of {size} processes, and nothing says what the others do. Put "
+            'them on one mesh of all processes, such as init_device_mesh(device, (data, model), mesh_dim_names=("data",'
+            ' "model")), and fully_shard the model over its data dimension; or pass group=.'
+        )
+    return Layout(groups), spread
 
 
 class _Parts(Jacobian):
