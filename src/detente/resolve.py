@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detente.engine.distributed import Processes, Scattered
+from detente.engine.distributed import Processes
 from detente.engine.grad import accumulate, pull
 from detente.engine.graph import Reach, users
 from detente.engine.jacobian import Jacobian
 from detente.engine.lean import LARGE, Product, fresh, obstacle, products, worth
+from detente.engine.rows import Scattered
 from detente.engine.source import (
     Every,
     Features,

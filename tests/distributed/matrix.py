@@ -230,7 +230,9 @@ def error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     return float((flat(found) - flat(wanted)).norm() / flat(wanted).norm())
 
 
-def worker(references: Path, setups: list[str], methods: list[str], kinds: list[str], device: str) -> None:
+def worker(
+    references: Path, setups: list[str], methods: list[str], kinds: list[str], dtypes: list[str], device: str
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -239,7 +241,8 @@ def worker(references: Path, setups: list[str], methods: list[str], kinds: list[
     for setup in setups:
         for method in methods:
             for kind in kinds:
-                for label, dtype in DTYPES.items():
+                for label in dtypes:
+                    dtype = DTYPES[label]
                     why = refused(setup, method, kind, size)
                     if why is not None:
                         continue
@@ -263,12 +266,13 @@ def worker(references: Path, setups: list[str], methods: list[str], kinds: list[
     dist.destroy_process_group()
 
 
-def references(methods: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+def references(methods: Iterable[str], kinds: Iterable[str], dtypes: Iterable[str]) -> dict[str, dict[str, Tensor]]:
     """Parameters after the run in this process alone, by cell, and before it."""
     found = {}
     for method in methods:
-        for label, dtype in DTYPES.items():
-            for kind in KINDS:
+        for label in dtypes:
+            for kind in kinds:
+                dtype = DTYPES[label]
                 if refused("bare", method, kind, 1):
                     continue
                 model = build(dtype, task_norms=method.startswith("strength"))
@@ -296,13 +300,14 @@ def matrix(
     setups: Iterable[str] = REPLICATED + SHARDED,
     methods: Iterable[str] = tuple(METHODS),
     kinds: Iterable[str] = KINDS,
+    dtypes: Iterable[str] = tuple(DTYPES),
     device: str = "cpu",
 ) -> list[dict[str, Any]]:
     """The cells of the matrix on so many processes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "references.pt")
-        torch.save(references(methods), path)
-        listed = [";".join(given) for given in (setups, methods, kinds)]
+        torch.save(references(methods, kinds, dtypes), path)
+        listed = [";".join(given) for given in (setups, methods, kinds, dtypes)]
         done = launch(size, __file__, "--worker", str(path), *listed, device)
     line = next((line for line in done.stdout.splitlines() if line.startswith("MATRIX ")), None)
     if done.returncode or line is None:
@@ -335,12 +340,13 @@ def main() -> int:
     parser.add_argument("--setups", nargs="+", default=list(REPLICATED + SHARDED))
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES))
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     torch.set_num_threads(1)
     failed = 0
     for size in given.sizes:
-        rows = matrix(size, given.setups, given.methods, given.kinds, given.device)
+        rows = matrix(size, given.setups, given.methods, given.kinds, given.dtypes, given.device)
         bad = missed(rows)
         print(f"\n{size} processes, {len(rows)} cells, {len(bad)} not what one process gives\n\n{shown(rows)}")
         for row in bad:
@@ -351,7 +357,7 @@ def main() -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        path, setups, methods, kinds, device = sys.argv[2:]
-        worker(Path(path), setups.split(";"), methods.split(";"), kinds.split(";"), device)
+        path, *lists, device = sys.argv[2:]
+        worker(Path(path), *(given.split(";") for given in lists), device)
     else:
         sys.exit(main())

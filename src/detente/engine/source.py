@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from detente.engine.distributed import Processes, Scattered
+from detente.engine.distributed import Processes
 from detente.engine.grad import pull, zero_missing
 from detente.engine.graph import Reach, boundary, feeds, root
 from detente.engine.jacobian import Jacobian
 from detente.engine.lean import Product
+from detente.engine.rows import Scattered
 
 __all__ = [
     "Every",
