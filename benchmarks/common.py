@@ -10,11 +10,12 @@ import datetime
 import platform
 import shlex
 import signal
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,26 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "-"
+
+
+def _driver() -> str:
+    """Version of the GPU's driver."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
+
+
 def header(title: str, device: torch.device | None = None) -> str:
     """Title, and everything needed to tell what was measured where."""
+    import detente  # which may run from its source, without being installed
+
     gpu = device is not None and device.type == "cuda"
     packages = ("torch", "numpy", "scipy", "cvxpy", "clarabel", "ecos", "quadprog")
     lines = [
@@ -99,10 +118,14 @@ def header(title: str, device: torch.device | None = None) -> str:
         f"- command: `python {shlex.join([os.path.relpath(sys.argv[0], HERE.parent), *sys.argv[1:]])}`",
         f"- date: {datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC",
         f"- machine: {processor()}, {os.cpu_count()} cores, of which one thread is used; {platform.system()}",
-        *([f"- GPU: {torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"] if gpu else []),
-        f"- detente {version('detente')}, torchjd {version('torchjd')}, LibMTL {version('LibMTL')}, conflictfree "
-        f"{version('conflictfree')}, Python {platform.python_version()}, "
-        + ", ".join(f"{p} {version(p)}" for p in packages),
+        *(
+            [f"- GPU: {torch.cuda.get_device_name(device)}, driver {_driver()}, CUDA {torch.version.cuda}"]
+            if gpu
+            else []
+        ),
+        f"- detente {detente.__version__}, torchjd {_version('torchjd')}, LibMTL {_version('LibMTL')}, conflictfree "
+        f"{_version('conflictfree')}, Python {platform.python_version()}, "
+        + ", ".join(f"{p} {_version(p)}" for p in packages),
         "",
     ]
     return "\n".join(lines)
