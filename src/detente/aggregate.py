@@ -73,7 +73,9 @@ def aggregate(jacobian: Tensor, method: Method, losses: Sequence[float] | Tensor
         first = first_weights(method.own_weighting if finite else None, context)
         context = replace(context, losses=None if values is None else values * first)
     blocks = rows.gramian(partition)
-    blocks = (blocks if method.on_device else blocks.cpu()) * first.unsqueeze(1).to(blocks.device) * first
+    blocks = blocks if method.on_device else blocks.cpu()
+    first = first.to(blocks.device)
+    blocks = blocks * first.unsqueeze(1) * first
     with torch.autocast(jacobian.device.type, enabled=False):
         _, updates = resolve(rows, method, blocks, partition, context, first, 1.0, True)
     return updates[0]

@@ -105,9 +105,7 @@ class Step:
         method.check(context)
         weights = first_weights(weighting, context)
         weights = weights * method.weights(losses * weights, context)
-        factors = [
-            w.to(loss.device, loss.dtype).reshape(loss.shape) for w, loss in zip(weights, self.tensors, strict=True)
-        ]
+        factors = [torch.full_like(loss, weight) for loss, weight in zip(self.tensors, weights.tolist(), strict=True)]
         pull(self.tensors, factors, self.found.leaves, self.among)
         stats = {"backwards": 1, **context.stats}
         return Update(dict(zip(self.tasks, weights, strict=True)), None, stats)
@@ -136,14 +134,21 @@ class Step:
         tasks, found = self.tasks, self.found
         rows, shares = every_task(len(tasks)), None
         if isinstance(self.source, Sampled):
-            losses = self._read()
+            # on a device, to read the losses first is a transfer of its own
+            losses = self._read() if "losses" in method.needs else None
             shares = method.sampling_shares(Context(tasks, losses=losses))
+            drawn = self.source.state_dict()
             rows = self.source.rows(shares)
         taken = self._features(method) if self.source == "features" else self._gradients(method, rows)
         jacobian, partition = taken.jacobian, taken.partition
 
         cross = self._cross(taken) if self.others else None
-        blocks, cross, losses, finite = self._to_host(jacobian.gramian(partition), cross, jacobian.partial)
+        try:
+            blocks, cross, losses, finite = self._to_host(jacobian.gramian(partition), cross, jacobian.partial)
+        except FloatingPointError:
+            if isinstance(self.source, Sampled):
+                self.source.load_state_dict(drawn)
+            raise
         sizes = tuple(buffer.shape[1] for buffer in jacobian.buffers)
         context = Context(tasks, losses=losses, partition=partition, sizes=sizes)
         method.check(context)
@@ -416,8 +421,10 @@ def resolve(
     if not finite:
         weights = torch.full(blocks.shape[:-1], math.nan, dtype=torch.float64)
         return weights, jacobian.combine(weights, partition)
-    for buffer in jacobian.buffers:
-        buffer.mul_((first / scale).to(buffer.device, buffer.dtype).unsqueeze(1))
+    factors = first / scale
+    if bool((factors != 1).any()):
+        for buffer in jacobian.buffers:
+            buffer.mul_(factors.to(buffer.device, buffer.dtype).unsqueeze(1))
     method.transform(jacobian.buffers, context)
     weights = method.weights(jacobian.gramian(partition).cpu(), context)
     return weights * first, jacobian.combine(weights * scale, partition)

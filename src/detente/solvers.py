@@ -924,6 +924,20 @@ def _jacobi(gramian: Array) -> Spectrum:
     return Spectrum(lengths * scale, vectors, kept, xp.where(kept[:, None, :], back, 0.0))
 
 
+@cache
+def _rounds(count: int, device: torch.device | None) -> list[tuple[Array, Array]]:
+    """Every pair of columns once, T / 2 disjoint ones at a time, as indices that lie where they are used."""
+    even = count + count % 2
+    ring, rounds = list(range(even)), []
+    for _ in range(even - 1):
+        pairs = [(ring[k], ring[even - 1 - k]) for k in range(even // 2)]
+        pairs = [(min(p), max(p)) for p in pairs if max(p) < count]
+        ring = [ring[0], ring[-1], *ring[1:-1]]
+        index = np.array(pairs).T
+        rounds.append(tuple(index) if device is None else tuple(torch.as_tensor(index, device=device)))
+    return rounds
+
+
 def _orthogonalised(factor: Array) -> tuple[Array, Array]:
     """``factor @ turns`` with orthogonal columns, and the rotations; T / 2 disjoint pairs of columns at a time."""
     xp = namespace(factor)
@@ -931,15 +945,10 @@ def _orthogonalised(factor: Array) -> tuple[Array, Array]:
     turns = xp.zeros_like(factor) + real(identity(factor))
     if count == 1:
         return factor, turns
-    even = count + count % 2
-    ring = list(range(even))
+    rounds = _rounds(count, None if xp is np else factor.device)
     for _ in range(30):
         worst = 0.0
-        for _ in range(even - 1):
-            pairs = [(ring[k], ring[even - 1 - k]) for k in range(even // 2)]
-            pairs = [(min(p), max(p)) for p in pairs if max(p) < count]
-            ring = [ring[0], ring[-1], *ring[1:-1]]
-            i, j = [p[0] for p in pairs], [p[1] for p in pairs]
+        for i, j in rounds:
             x, y = factor[:, :, i], factor[:, :, j]
             a, b, c = (x * x).sum(-2), (y * y).sum(-2), (x * y).sum(-2)
             bound = xp.sqrt(a) * xp.sqrt(b)

@@ -119,6 +119,7 @@ class Jacobian:
             for k in (*self.inputs, *self.fresh):
                 blocks[0] += self._of_one(k, device)
             return blocks
+        places, products = [], []
         for k, ((dims, index), rows) in enumerate(zip(partition.members, self.slices, strict=True)):
             if measured is not None and k not in measured:
                 continue
@@ -127,8 +128,10 @@ class Jacobian:
             else:
                 part = _by_slice(rows, dims).double()
                 against = part if other is None else _by_slice(second.slices[k], dims).double()
-                product = (part @ against.transpose(1, 2)).to(device)
-                blocks.index_add_(0, index.reshape(-1).to(device), product, alpha=self.shares[k])
+                places.append(index.reshape(-1))
+                products.append((part @ against.transpose(1, 2)).to(device) * self.shares[k])
+        if places:
+            _add(blocks, torch.cat(places), torch.cat(products))
         return blocks
 
     def _of_one(self, k: int, device: torch.device) -> Tensor:
@@ -160,29 +163,47 @@ class Jacobian:
 
     def _combine(self, weights: Tensor, partition: Partition) -> list[Tensor]:
         updates: list[Tensor] = list(self.slices)
+        chosen = self._chosen(weights, partition)
         for k, x in self.inputs.items():
-            chosen = weights[int(partition.members[k][1])]
-            mixed = torch.tensordot(chosen.to(x.device, x.dtype), self.outputs[k], 1)
-            updates[k] = mixed.T @ x
+            updates[k] = torch.tensordot(chosen[k][0].to(x.dtype), self.outputs[k], 1).T @ x
         for k, tensors in self.fresh.items():
-            updates[k] = _mixed(tensors, weights[int(partition.members[k][1])].tolist(), self.parameters[k])
+            updates[k] = _mixed(tensors, chosen[k][0].tolist(), self.parameters[k])
         if partition.count == 1:
             for members, buffer in self.groups:
-                combined = _weighted(weights[0], buffer, self.parameters[members[0]].dtype.to_real())
+                combined = _weighted(chosen[members[0]][0], buffer, self.parameters[members[0]].dtype.to_real())
                 shapes = [self.slices[k].shape[1:] for k in members]
                 for k, part in zip(members, torch.split(combined, [s.numel() for s in shapes]), strict=True):
                     updates[k] = part.view(self.slices[k].shape[1:])
         else:
-            for k, ((dims, index), rows) in enumerate(zip(partition.members, self.slices, strict=True)):
+            for k, ((dims, _), rows) in enumerate(zip(partition.members, self.slices, strict=True)):
                 if k in self.inputs or k in self.fresh:
                     continue
                 wide, dtype = _wide(rows.dtype), self.parameters[k].dtype.to_real()
-                chosen = weights[index.reshape(-1)].to(rows.device, wide)
-                update = (chosen.unsqueeze(1) @ _by_slice(rows, dims).to(wide)).to(dtype)
+                update = (chosen[k].to(wide).unsqueeze(1) @ _by_slice(rows, dims).to(wide)).to(dtype)
                 shape = rows.shape[1:]
                 front = [shape[d] for d in dims] + [size for d, size in enumerate(shape) if d not in dims]
                 updates[k] = update.view(front).movedim(tuple(range(len(dims))), dims)
         return updates
+
+    def _chosen(self, weights: Tensor, partition: Partition) -> list[Tensor]:
+        """Of every parameter the weights ``[slices, T]``, on its device: one transfer to each device."""
+        devices = {p.device for p in self.parameters}
+        if partition.count == 1:
+            there = {device: weights.to(device) for device in devices}
+            return [there[p.device] for p in self.parameters]
+        places = [index.reshape(-1) for _, index in partition.members]
+        taken = weights[torch.cat(places)]
+        parts = {device: torch.split(taken.to(device), [len(place) for place in places]) for device in devices}
+        return [parts[p.device][k] for k, p in enumerate(self.parameters)]
+
+
+def _add(blocks: Tensor, places: Tensor, products: Tensor) -> None:
+    """Add products of slices to their blocks; an index goes to the device only where it is no plain range."""
+    start = int(places[0]) if len(places) else 0
+    if torch.equal(places, torch.arange(start, start + len(places))):
+        blocks[start : start + len(places)] += products
+    else:
+        blocks.index_add_(0, places.to(blocks.device), products)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -192,11 +213,12 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _weighted(weights: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """The weighted sum ``[P]`` of the rows, summed in float32 or more."""
-    weights = weights.to(rows.device, _wide(rows.dtype))
+    weights = weights.to(_wide(rows.dtype))
     if weights.dtype == rows.dtype:
         return (weights @ rows).to(dtype)
     result = torch.empty(rows.shape[1], dtype=dtype, device=rows.device)
-    for place, piece in zip(torch.split(result, _PIECE), torch.split(rows, _PIECE, dim=1), strict=True):
+    size = _PIECE if rows.device.type == "cpu" else _LARGE_PIECE
+    for place, piece in zip(torch.split(result, size), torch.split(rows, size, dim=1), strict=True):
         place.copy_(weights @ piece.to(weights.dtype))
     return result
 
@@ -215,6 +237,7 @@ def _mixed(rows: Sequence[Tensor | None], weights: Sequence[float], parameter: T
 
 
 _PIECE = 1 << 16  # entries that are summed while they are in the cache
+_LARGE_PIECE = 1 << 21  # on a device, where a call costs more than memory
 
 
 def _by_slice(rows: Tensor, dims: tuple[int, ...]) -> Tensor:

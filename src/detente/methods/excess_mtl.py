@@ -90,9 +90,9 @@ class ExcessMTL(GramianMethod):
         for task, old, new in zip(context.tasks, before, parts, strict=True):
             seen = [s + g**2 for s, g in zip(old, new, strict=True)]
             self.squares.write(task, seen)
-            risks = [(g**2 / (s + 1e-7).sqrt()).sum() for g, s in zip(new, seen, strict=True)]
-            excess.append(sum(float(risk) for risk in risks))
-        for task, e in zip(context.tasks, excess, strict=True):
+            risks = [(g**2 / (s + 1e-7).sqrt()).sum().double() for g, s in zip(new, seen, strict=True)]
+            excess.append(torch.stack([risk.to(risks[0].device) for risk in risks]).sum())
+        for task, e in zip(context.tasks, torch.stack(excess).tolist(), strict=True):
             if task in self.first:
                 grown = e / self.first[task] if self.first[task] > 0 else 0.0
                 self.shares[task] *= float(torch.tensor(self.eta * grown, dtype=torch.float64).exp())
