@@ -238,7 +238,7 @@ def joined(
     """The losses by name and the leaves behind them; with several processes, this one's part of all tasks."""
     if among is None:
         named = named_losses(losses)
-        return named, reach(list(named.values()), shared, parameters)
+        return named, reach(list(named.values()), shared)
     with among.failing_together():
         named = named_losses(losses, any_number=True)
     return among.join(named, shared, counts, parameters)

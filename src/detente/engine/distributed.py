@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from detente.engine.graph import SINK, Reach, reach, root
+from detente.engine.graph import SINK, Reach, leaves_of, reach, root
 from detente.engine.jacobian import Jacobian, real
 from detente.engine.rows import Scattered, Summed, all_gather, restored_shape
 from detente.gramian import Partition
@@ -82,7 +82,7 @@ class Processes:
         """
         with self.failing_together():
             mine = _counts(losses, counts)
-            found = self._reach(losses, shared, parameters)
+            found = self._reach(losses, shared)
             signature = [1, _digest(list(losses)), _digest(_layout(found))]
         everyone = self._gather(signature)
         failed = [r for r, (ok, _, _) in enumerate(everyone) if not ok]
@@ -98,7 +98,7 @@ class Processes:
                 f"same parameters; here they are {list(losses)}. For a task without samples on a process take a loss "
                 "of 0 that is computed from the model's output, and counts={task: 0}."
             )
-        tasks = list(losses) if alike else self._tasks(list(losses))
+        tasks = list(losses) if alike else self._in_order(list(losses))
         known = dict(zip(losses, mine, strict=True))
         counted = [float(known.get(task, 0)) for task in tasks]
         if alike and counts is None:
@@ -129,10 +129,8 @@ class Processes:
             self._gather([0, 0, 0])
             raise
 
-    def _reach(
-        self, losses: Mapping[str, Tensor], shared: Sequence[Tensor] | None, parameters: Sequence[Tensor] | None
-    ) -> Reach:
-        found = reach(list(losses.values()), shared, parameters)
+    def _reach(self, losses: Mapping[str, Tensor], shared: Sequence[Tensor] | None) -> Reach:
+        found = reach(list(losses.values()), shared)
         for p in found.leaves:
             _refuse_foreign(p)
         _take_over(losses, found)
@@ -223,16 +221,16 @@ class Processes:
         pieces = [p.view(t.shape) for p, t in zip(torch.split(flat, [t.numel() for t in summed]), summed, strict=True)]
         return [pieces[0] / self.copies, *pieces[1:], *given[len(summed) :]]
 
-    def _tasks(self, mine: list[str]) -> list[str]:
-        """The tasks of all processes: a task stands where the first process that brings it has it."""
-        merged: list[str] = []
-        for names in map(json.loads, self._gather_text(json.dumps(mine))):
+    def _in_order(self, mine: list[Any]) -> list[Any]:
+        """What the processes list, together: an entry stands where the first process that has it put it."""
+        merged: list[Any] = []
+        for listed in map(json.loads, self._gather_text(json.dumps(mine))):
             place = len(merged)
-            for name in reversed(names):
-                if name in merged:
-                    place = merged.index(name)
+            for entry in reversed(listed):
+                if entry in merged:
+                    place = merged.index(entry)
                 else:
-                    merged.insert(place, name)
+                    merged.insert(place, entry)
         return merged
 
     def _merged(
@@ -244,15 +242,12 @@ class Processes:
     ) -> Reach:
         """The leaves that the losses of all processes reach together."""
         count = len(parts)
-        local = reach(list(parts.values()), shared)
+        local = reach(list(parts.values()))
         dummies = {id(loss) for loss in parts.values()}
-        reached: dict[int, list[int]] = {id(p): list(t) for p, t in zip(local.shared, local.tasks, strict=True)}
-        for t, own in enumerate(local.own):
-            for p in own:
-                if id(p) not in dummies:
-                    reached.setdefault(id(p), []).append(t)
-        known = {} if parameters is None else {id(p): p for p in parameters if p.requires_grad}
-        missing = sum(key not in known for key in reached)
+        reached = {id(p): mask for p, mask in leaves_of(local.masks) if id(p) not in dummies}
+        known = [] if parameters is None else [p for p in parameters if p.requires_grad]
+        places = {id(p): k for k, p in enumerate(known)}
+        missing = sum(key not in places for key in reached)
         everyone = self._gather([len(known), missing])
         if any(size != len(known) for size, _ in everyone) or any(other for _, other in everyone):
             theirs = "; ".join(f"process {r}: {names}" for r, names in enumerate(self._gather_text(json.dumps(mine))))
@@ -263,15 +258,16 @@ class Processes:
                 + (f" {missing} reached here are not in `parameters`." if known and missing else "")
             )
         table = torch.zeros(len(known), count, dtype=torch.uint8)
-        for k, key in enumerate(known):
-            table[k, reached.get(key, [])] = 1
+        for key, mask in reached.items():
+            table[places[key], [t for t in range(count) if mask >> t & 1]] = 1
         table = table.to(self.control)
         dist.all_reduce(table, op=dist.ReduceOp.MAX, group=self.group)
+        rows = table.tolist()
         listed = None if shared is None else {id(p) for p in shared}
         result = Reach([], [], [[] for _ in parts], local.masks)
-        for p, row in zip(known.values(), table.tolist(), strict=True):
-            tasks = tuple(t for t, there in enumerate(row) if there)
-            if (len(tasks) > 1) if listed is None else (id(p) in listed and tasks):
+        for k in self._in_order([places[key] for key in reached]):
+            p, tasks = known[k], tuple(t for t in range(count) if rows[k][t])
+            if len(tasks) > 1 if listed is None else id(p) in listed:
                 result.shared.append(p)
                 result.tasks.append(tasks)
             else:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module, Parameter
 
-__all__ = ["SINK", "Boundary", "Reach", "boundary", "feeds", "listed", "reach", "root", "users"]
+__all__ = ["SINK", "Boundary", "Reach", "boundary", "feeds", "leaves_of", "listed", "reach", "root", "users"]
 
 
 @dataclass(frozen=True)
@@ -84,28 +84,18 @@ def users(nodes: Iterable[Node]) -> dict[Node, list[Node]]:
     return found
 
 
-def reach(
-    losses: Sequence[Tensor], shared: Iterable[Tensor] | None = None, order: Iterable[Tensor] | None = None
-) -> Reach:
+def reach(losses: Sequence[Tensor], shared: Iterable[Tensor] | None = None) -> Reach:
     """Sort the leaves behind the losses into shared and task-specific.
 
     A parameter is shared when two or more losses reach it, or when it is listed in ``shared``. Leaves that are no
     ``torch.nn.Parameter``, such as inputs that require a gradient, count only where there are no parameters at all.
     One walk over the graph, whatever the number of tasks.
 
-    Args:
-        losses: of the step.
-        shared: parameters to treat as shared; None finds them.
-        order: of the leaves in the result; None is the order in which the graph uses them.
-
     Raises:
         ValueError: an entry of ``shared`` is not a leaf that requires a gradient.
     """
     masks = _walk(losses)
-    leaves = [(node.variable, mask) for node, mask in reversed(masks.items()) if node.name() == _LEAF]  # type: ignore[attr-defined]
-    if order is not None:
-        place = {id(p): k for k, p in enumerate(order)}
-        leaves.sort(key=lambda leaf: place.get(id(leaf[0]), len(place)))
+    leaves = leaves_of(masks)
     if shared is None:
         any_leaf = not any(isinstance(p, Parameter) for p, _ in leaves)
         chosen = {id(p) for p, mask in leaves if mask & (mask - 1) and (any_leaf or isinstance(p, Parameter))}
@@ -137,6 +127,11 @@ def listed(shared: Iterable[Tensor]) -> list[Tensor]:
     if isinstance(shared, Tensor | Module):
         raise TypeError(f"shared must be an iterable of parameters, such as {_example(shared)}.")
     return list(shared)
+
+
+def leaves_of(masks: dict[Node, int]) -> list[tuple[Tensor, int]]:
+    """The leaves of a graph, in the order in which it uses them, and the set of losses that reach each."""
+    return [(node.variable, mask) for node, mask in reversed(masks.items()) if node.name() == _LEAF]  # type: ignore[attr-defined]
 
 
 def _example(given: Tensor | Module) -> str:
