@@ -22,11 +22,12 @@ ARROWS: dict[str, set[str]] = {
     "methods": {"method", "solvers", "gramian", "nn"},
     "engine": {"gramian"},
     "losses": set(),
+    "history": set(),
     "resolve": {"engine", "losses", "method", "gramian"},
     "backward": {"engine", "losses", "method", "resolve"},
     "aggregate": {"engine", "method", "resolve"},
     "step": {"backward", "engine", "losses", "method"},
-    "__init__": {"aggregate", "backward", "engine.source", "method", "methods", "nn", "step"},
+    "__init__": {"aggregate", "backward", "engine.source", "history", "method", "methods", "nn", "step"},
 }
 ABOVE = {"benchmark", "diagnostics", "integrations"}  # on top: they may import anything of the library
 LIBRARIES = {"torch", "numpy"} | sys.stdlib_module_names

@@ -9,6 +9,7 @@ from detente import methods, nn
 from detente.aggregate import aggregate
 from detente.backward import backward
 from detente.engine.source import Every, Sampled
+from detente.history import History
 from detente.method import GramianMethod, LossWeighting, Method, Update, cite, get_method, list_methods
 from detente.methods import *  # noqa: F403
 from detente.step import step
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Every",
     "GramianMethod",
+    "History",
     "LossWeighting",
     "Method",
     "Sampled",

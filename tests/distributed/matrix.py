@@ -284,8 +284,8 @@ def references(methods: Iterable[str], kinds: Iterable[str], dtypes: Iterable[st
 def launch(size: int, script: str | Path, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     """A script on several processes of this machine, as torchrun starts it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-    source = str(Path(detente.__file__).parents[1])
-    path = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
+    folders = [Path(detente.__file__).parents[1], Path(__file__).parents[1]]
+    path = os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [*command, str(script), *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},

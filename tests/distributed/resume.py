@@ -30,7 +30,7 @@ def main(folder: Path, setup: str, steps: int) -> None:
     model = wrapped(setup, inner, size)
     optimizer = torch.optim.SGD(inner.parameters(), lr=0.01, momentum=0.9)
     method = detente.WPCGrad(priority=detente.DWA())
-    source = detente.Every(2, detente.Sampled(2))
+    source = detente.Every(2)
     done = load(folder, setup, inner, optimizer, method, source)
     kill = int(os.environ.get("DETENTE_TEST_KILL", -1))
     mine, _ = division("uneven", rank, size)
@@ -62,13 +62,13 @@ def save(
     method: detente.Method,
     source: detente.Every,
 ) -> None:
-    history = {"method": method.state_dict(), "source": source.state_dict()}
+    history = detente.History(method, source)
     if setup.startswith("fsdp2"):
         parameters, momenta = get_state_dict(model, optimizer)
         state = {"model": parameters, "optimizer": momenta, "history": history}
         dcp.save(state, checkpoint_id=folder / f"step-{step}")
     elif dist.get_rank() == 0:
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history.state_dict()}
         torch.save(state, folder / "unfinished")
         os.replace(folder / "unfinished", folder / f"step-{step}")
     dist.barrier()
@@ -87,18 +87,18 @@ def load(
     found = [path.parent if path.name == ".metadata" else path for path in folder.glob(pattern)]
     if not found:
         return 0
+    history = detente.History(method, source)
     newest = max(found, key=lambda path: int(path.name.partition("-")[2]))
     if setup.startswith("fsdp2"):
         parameters, momenta = get_state_dict(model, optimizer)
-        state = {"model": parameters, "optimizer": momenta, "history": detente.empty}
+        state = {"model": parameters, "optimizer": momenta, "history": history}
         dcp.load(state, checkpoint_id=newest)
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     else:
         state = torch.load(newest, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    method.load_state_dict(state["history"]["method"])
-    source.load_state_dict(state["history"]["source"])
+        history.load_state_dict(state["history"])
     return int(newest.name.partition("-")[2])
 
 
