@@ -261,6 +261,7 @@ def worker(
                         row["failure"] = f"{type(failure).__name__}: {failure}"
                         traceback.print_exc()
                     rows.append(row)
+                    del model  # the last to let go of a process group may wait for it forever, if that is DDP's reducer
     if rank == 0:
         print("MATRIX " + json.dumps(rows), flush=True)
     dist.destroy_process_group()

@@ -50,6 +50,7 @@ def main(folder: Path, setup: str, steps: int) -> None:
             with (folder / "losses.jsonl").open("a") as lines:
                 lines.write(json.dumps({"step": step, "losses": whole.tolist(), "weights": weights}) + "\n")
         save(folder, setup, step + 1, inner, optimizer, method, source)
+    del model  # the last one to let go of a process group may wait for its threads forever, if that is a DDP reducer
     dist.destroy_process_group()
 
 
