@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # two threads under contention are many times slower than one
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test lint bench bench-agreement bench-solvers bench-steps bench-memory clean
+.PHONY: demo test lint bench bench-agreement bench-solvers bench-steps bench-memory bench-distributed clean
 
 demo: .venv/compare
 	$(BIN)/detente compare digits --out runs/demo
@@ -42,7 +42,7 @@ lint: .venv/dev
 BENCH := benchmarks/.venv/bin/python
 BENCH_PIP := $(BENCH) -m pip install --quiet --disable-pip-version-check --constraint benchmarks/constraints.txt
 
-bench: bench-agreement bench-solvers bench-steps bench-memory
+bench: bench-agreement bench-solvers bench-steps bench-memory bench-distributed
 
 bench-agreement: benchmarks/.venv/ready
 	$(BENCH) benchmarks/agreement.py
@@ -56,6 +56,9 @@ bench-steps: benchmarks/.venv/ready
 
 bench-memory: benchmarks/.venv/ready
 	$(BENCH) benchmarks/memory.py
+
+bench-distributed: benchmarks/.venv/ready
+	$(BENCH) benchmarks/distributed.py
 
 benchmarks/.venv/ready: benchmarks/constraints.txt
 	$(PYTHON) -m venv benchmarks/.venv

@@ -48,7 +48,8 @@ def backward(
     Args:
         losses: ``{task: scalar loss}``, or a sequence of scalar losses (the tasks are then named ``"0"``, ``"1"``,
             ...). A step may bring only some of the tasks, in any order. Compute them as separate tensors: entries of
-            one vector all seem to depend on all parameters.
+            one vector all seem to depend on all parameters, and so do outputs of a model that ``torch.compile`` took
+            as a whole; name ``shared`` then.
         method: a method of this library, such as ``detente.CAGrad()``.
         shared: parameters to treat as shared; None finds them from the autograd graph. With a single loss nothing is
             shared unless you say so, and every parameter gets its plain gradient.

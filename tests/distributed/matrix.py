@@ -16,11 +16,14 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -111,7 +114,8 @@ METHODS: dict[str, Build] = {
 }
 """By name: a method and the options of the step."""
 
-REPLICATED = ("bare", "ddp", "ddp, find_unused", "ddp, static_graph", "ddp, bucket_view")
+MIXED = {"amp, float16": torch.float16, "amp, bfloat16": torch.bfloat16}
+REPLICATED = ("bare", "ddp", "ddp, find_unused", "ddp, static_graph", "ddp, bucket_view", "ddp, compiled", *MIXED)
 SHARDED = ("fsdp2", "fsdp2, resharding", "hsdp", "tp", "fsdp2 x tp")
 KINDS = ("even", "uneven", "missing")
 
@@ -120,6 +124,12 @@ def refused(setup: str, method: str, kind: str, size: int) -> str | None:
     """Why there is no such cell."""
     if setup in ("hsdp", "fsdp2 x tp") and size != 4:
         return "needs four processes"
+    if setup in MIXED and method in ("famo", "strength 1"):
+        return "an optimizer step that no gradient scaler may skip"
+    if setup == "ddp, compiled" and method.startswith("strength"):
+        return "a forward pass per task"
+    if setup == "ddp, compiled" and method == "cagrad, features":
+        return "refused with an error"
     if setup in SHARDED and method in ("graddrop", "cagrad, features"):
         return "refused with an error"
     if method == "cagrad, features" and kind == "missing":
@@ -139,6 +149,8 @@ def train(
     dtype: torch.dtype,
     *,
     everywhere: bool = False,
+    mixed: torch.dtype | None = None,
+    compiled: bool = False,
     group: Any = None,
 ) -> None:
     """Twenty steps on this process's part of every batch.
@@ -147,13 +159,18 @@ def train(
         model: as it is called, wrapped or not.
         inner: the model inside.
         everywhere: whether a task without samples must have a loss all the same.
+        mixed: of a forward pass under autocast, with a gradient scaler.
+        compiled: as a whole, so that the graph does not show which parameters are shared.
         group: process group.
     """
     rule, options = METHODS[method](inner)
+    if compiled:
+        options["shared"] = list(inner.trunk.parameters())
     optimizer = torch.optim.SGD(inner.parameters(), lr=0.01, momentum=0.9)
     device = next(iter(inner.parameters())).device
     mine, labelled = division(kind, rank, size)
     counts: dict[str, float] = {}
+    scaler = torch.amp.GradScaler(device.type, init_scale=64.0)
     by_task = method.startswith("strength")
     for step in range(STEPS):
         x, y = data(dtype, step)
@@ -176,7 +193,17 @@ def train(
                     losses[t] = predicted.sum() * 0.0
             return losses
 
-        detente.step(closure, optimizer, rule, counts=counts, group=group, **options)
+        if mixed is None:
+            detente.step(closure, optimizer, rule, counts=counts, group=group, **options)
+            continue
+        with torch.autocast(device.type, mixed):
+            losses = {t: scaler.scale(loss) for t, loss in closure().items()}
+        optimizer.zero_grad()
+        scale = scaler.get_scale()
+        everything = inner.parameters()
+        detente.backward(losses, rule, counts=counts, scale=scale, parameters=everything, group=group, **options)
+        scaler.step(optimizer)
+        scaler.update()
 
 
 def wrapped(setup: str, model: Model, size: int) -> nn.Module:
@@ -187,13 +214,18 @@ def wrapped(setup: str, model: Model, size: int) -> nn.Module:
     device = next(model.parameters()).device.type
     if setup == "bare":
         return model
+    if setup in MIXED:
+        return nn.parallel.DistributedDataParallel(model)
     if setup.startswith("ddp"):
         flags = {
             "find_unused": {"find_unused_parameters": True},
             "static_graph": {"static_graph": True},
             "bucket_view": {"gradient_as_bucket_view": True},
         }
-        return nn.parallel.DistributedDataParallel(model, **flags.get(setup[5:], {}))
+        replicated = nn.parallel.DistributedDataParallel(model, **flags.get(setup[5:], {}))
+        # the tests have no compiler for the CPU; graphs are captured and split alike
+        how = "inductor" if device == "cuda" else "aot_eager"
+        return torch.compile(replicated, backend=how) if "compiled" in setup else replicated
     if setup.startswith("fsdp2,") or setup == "fsdp2":
         mesh = init_device_mesh(device, (size,), mesh_dim_names=("data",))
     elif setup == "tp":
@@ -234,7 +266,11 @@ def worker(
     references: Path, setups: list[str], methods: list[str], kinds: list[str], dtypes: list[str], device: str
 ) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # a graph that was compiled for a single pass cannot be passed again, and the models share their compiled code
+    torch._functorch.config.donated_buffer = False
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=60))
     rank, size = dist.get_rank(), dist.get_world_size()
     expected = torch.load(references, weights_only=True)
     rows = []
@@ -244,9 +280,9 @@ def worker(
                 for label in dtypes:
                     dtype = DTYPES[label]
                     why = refused(setup, method, kind, size)
-                    if why is not None:
+                    if why is not None or (setup in MIXED and label != "float32"):
                         continue
-                    cell = f"{method}/{kind}/{label}"
+                    cell = f"{setup if setup in MIXED else ''}/{method}/{kind}/{label}"
                     inner = build(dtype, task_norms=method.startswith("strength"), device=device)
                     model = wrapped(setup, inner, size)
                     row: dict[str, Any] = {"setup": setup, "method": method, "kind": kind, "dtype": label, "size": size}
@@ -254,8 +290,18 @@ def worker(
                     try:
                         with warnings.catch_warnings():
                             warnings.simplefilter("error", FutureWarning)
-                            train(model, inner, method, kind, *mine, dtype, everywhere=setup in SHARDED,
-                                  group=dist.group.WORLD)  # fmt: skip
+                            train(
+                                model,
+                                inner,
+                                method,
+                                kind,
+                                *mine,
+                                dtype,
+                                everywhere=setup in SHARDED,
+                                mixed=MIXED.get(setup),
+                                compiled=setup == "ddp, compiled",
+                                group=dist.group.WORLD,
+                            )
                         row["error"] = error(whole(inner), expected[cell])
                     except Exception as failure:
                         row["failure"] = f"{type(failure).__name__}: {failure}"
@@ -267,18 +313,20 @@ def worker(
     dist.destroy_process_group()
 
 
-def references(methods: Iterable[str], kinds: Iterable[str], dtypes: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+def references(
+    setups: Iterable[str], methods: Iterable[str], kinds: Iterable[str], dtypes: Iterable[str], device: str
+) -> dict[str, dict[str, Tensor]]:
     """Parameters after the run in this process alone, by cell, and before it."""
     found = {}
-    for method in methods:
-        for label in dtypes:
-            for kind in kinds:
-                dtype = DTYPES[label]
-                if refused("bare", method, kind, 1):
-                    continue
-                model = build(dtype, task_norms=method.startswith("strength"))
-                train(model, model, method, kind, 0, 1, dtype)
-                found[f"{method}/{kind}/{label}"] = whole(model)
+    variants = dict.fromkeys(setup if setup in MIXED else "" for setup in setups)
+    for variant, method, kind, label in product(variants, methods, kinds, dtypes):
+        dtype = DTYPES[label]
+        if refused(variant or "bare", method, kind, 1) or (variant and dtype != torch.float32):
+            continue
+        # rounding to half precision is the device's own
+        model = build(dtype, task_norms=method.startswith("strength"), device=device if variant else "cpu")
+        train(model, model, method, kind, 0, 1, dtype, mixed=MIXED.get(variant))
+        found[f"{variant}/{method}/{kind}/{label}"] = whole(model)
     return found
 
 
@@ -307,7 +355,7 @@ def matrix(
     """The cells of the matrix on so many processes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "references.pt")
-        torch.save(references(methods, kinds, dtypes), path)
+        torch.save(references(setups, methods, kinds, dtypes, device), path)
         listed = [";".join(given) for given in (setups, methods, kinds, dtypes)]
         done = launch(size, __file__, "--worker", str(path), *listed, device)
     line = next((line for line in done.stdout.splitlines() if line.startswith("MATRIX ")), None)
@@ -332,7 +380,9 @@ def shown(rows: list[dict[str, Any]]) -> str:
 
 def missed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Cells that are not what one process gives."""
-    return [r for r in rows if not r.get("error", 1.0) <= PRECISION[DTYPES[r["dtype"]]]]
+    # what a process rounds to half precision are the sums over its own samples: 8 bits of each gradient
+    allowed = dict.fromkeys(MIXED, 1e-2 if rows[0]["size"] > 1 else 1e-6)
+    return [r for r in rows if not r.get("error", 1.0) <= allowed.get(r["setup"], PRECISION[DTYPES[r["dtype"]]])]
 
 
 def main() -> int:

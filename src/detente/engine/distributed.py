@@ -48,7 +48,7 @@ class Processes:
         backends = str(dist.get_backend_config(group))
         self.gloo = "cpu:gloo" in backends
         # what only steers the step stays off the device, where reading it would wait for all kernels
-        self.control = torch.device("cpu" if "cpu:" in backends else torch.get_default_device())
+        self.control = torch.device("cpu" if "cpu:" in backends else backends.partition(":")[0])
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None) -> Processes | None:

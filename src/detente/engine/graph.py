@@ -94,7 +94,12 @@ def reach(losses: Sequence[Tensor], shared: Iterable[Tensor] | None = None) -> R
     Raises:
         ValueError: an entry of ``shared`` is not a leaf that requires a gradient.
     """
-    masks = _walk(losses)
+    masks, fused = _walk(losses)
+    if fused and shared is None:
+        raise ValueError(
+            "the model was compiled as a whole, the tasks' own layers included, so that every loss seems to depend on "
+            "all of it. Pass shared=model.trunk.parameters(), or compile the shared part alone."
+        )
     leaves = leaves_of(masks)
     if shared is None:
         any_leaf = not any(isinstance(p, Parameter) for p, _ in leaves)
@@ -205,12 +210,21 @@ def boundary(losses: Sequence[Tensor], masks: Mapping[Node, int]) -> Boundary:
 _LEAF = "torch::autograd::AccumulateGrad"
 
 
-def _walk(losses: Sequence[Tensor]) -> dict[Node, int]:
-    """All nodes behind the losses, each after what it feeds on, and the set of losses that reach each."""
+def _walk(losses: Sequence[Tensor]) -> tuple[dict[Node, int], bool]:
+    """All nodes behind the losses, each after what it feeds on, and the set of losses that reach each.
+
+    And whether a compiled node has outputs that different losses reach: it hides which of them needs what.
+    """
     roots: dict[Node, int] = {}
+    compiled: dict[Node, dict[int, int]] = {}
     for t, loss in enumerate(losses):
-        node = root(loss)
+        edge = get_gradient_edge(loss)
+        node, number = _behind(edge.node, edge.output_nr)
+        assert node is not None
         roots[node] = roots.get(node, 0) | 1 << t
+        if type(node).__name__ == _COMPILED:
+            compiled.setdefault(node, {}).setdefault(number, 0)
+            compiled[node][number] |= 1 << t
     order: list[Node] = []
     seen: set[Node] = set()
     for start in roots:
@@ -226,7 +240,13 @@ def _walk(losses: Sequence[Tensor]) -> dict[Node, int]:
     masks = dict.fromkeys(order, 0) | roots
     for node in reversed(order):
         mask = masks[node]
-        for child, _ in feeds(node):
+        for child, number in feeds(node):
             if child is not None:
                 masks[child] |= mask
-    return masks
+                if type(child).__name__ == _COMPILED:
+                    outputs = compiled.setdefault(child, {})
+                    outputs[number] = outputs.get(number, 0) | mask
+    return masks, any(len(set(outputs.values())) > 1 for outputs in compiled.values())
+
+
+_COMPILED = "CompiledFunctionBackward"
