@@ -128,8 +128,10 @@ def refused(setup: str, method: str, kind: str, size: int) -> str | None:
         return "an optimizer step that no gradient scaler may skip"
     if setup == "ddp, compiled" and method.startswith("strength"):
         return "a forward pass per task"
-    if setup == "ddp, compiled" and method == "cagrad, features":
+    if setup == "ddp, compiled" and method in ("cagrad, features", "cagrad, Every(3)"):
         return "refused with an error"
+    if setup == "ddp, compiled" and method == "graddrop":
+        return "its random masks follow the order in which the graph uses the parameters"
     if setup in SHARDED and method in ("graddrop", "cagrad, features"):
         return "refused with an error"
     if method == "cagrad, features" and kind == "missing":

@@ -242,7 +242,7 @@ class Processes:
     ) -> Reach:
         """The leaves that the losses of all processes reach together."""
         count = len(parts)
-        local = reach(list(parts.values()))
+        local = reach(list(parts.values()), shared)
         dummies = {id(loss) for loss in parts.values()}
         reached = {id(p): mask for p, mask in leaves_of(local.masks) if id(p) not in dummies}
         known = [] if parameters is None else [p for p in parameters if p.requires_grad]
