@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -185,8 +185,20 @@ class Options:
         return self.source.source if isinstance(self.source, Every) else self.source
 
 
-def run(losses: Losses, method: Method, options: Options, more: Sequence[Losses] = ()) -> Update:
-    """What :func:`backward` does, for methods in whatever phase; ``more``: the losses on further batches."""
+def run(
+    losses: Losses,
+    method: Method,
+    options: Options,
+    more: Sequence[Losses] = (),
+    micro: Sequence[Callable[[], Losses]] = (),
+) -> Update:
+    """What :func:`backward` does, for methods in whatever phase.
+
+    Args:
+        losses, method, options: as there.
+        more: the losses on further batches, for methods that compare them.
+        micro: compute the losses on further micro-batches, whose gradients are added to the first's.
+    """
     options.check(method)
     shared = None if options.shared is None else listed(options.shared)
     parameters = None if options.parameters is None else list(options.parameters)
@@ -204,6 +216,8 @@ def run(losses: Losses, method: Method, options: Options, more: Sequence[Losses]
         named=named,
         found=found,
         others=others,
+        further=(joined(compute(), shared, parameters, options.counts, among) for compute in micro),
+        micro_batches=1 + len(micro),
         method=method,
         source=options.taken,
         every=options.every,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,8 @@ class Step:
     Attributes:
         named: losses by task; with several processes, this one's part of them.
         found: the leaves behind them.
-        others: the losses on further batches.
+        others: the losses on further batches, for methods that compare them.
+        further: micro-batches whose task gradients are added to those of the first, each computed when it is its turn.
         among: the processes that take the step together; None is this one alone.
         every: what remembers the coefficients, where they are reused.
         method, source, granularity, weighting, scale, engine, storage: see :func:`detente.backward`.
@@ -56,6 +58,8 @@ class Step:
     named: dict[str, Tensor]
     found: Reach
     others: list[tuple[dict[str, Tensor], Reach]]
+    further: Iterable[tuple[dict[str, Tensor], Reach]]
+    micro_batches: int
     method: Method
     source: str | Sampled
     every: Every | None
@@ -144,7 +148,9 @@ class Step:
 
         cross = self._cross(taken) if self.others else None
         try:
-            blocks, cross, losses, finite = self._to_host(jacobian.gramian(partition), cross, jacobian.partial)
+            blocks, cross, losses, finite = self._to_host(
+                jacobian.gramian(partition), cross, taken.values, jacobian.partial
+            )
         except FloatingPointError:
             if isinstance(self.source, Sampled):
                 self.source.load_state_dict(drawn)
@@ -203,7 +209,7 @@ class Step:
         features = Features(self.tensors, self.found, self.storage, self.among)
         partition = self._partition(method, features.jacobian.parameters)
         how = {"engine": "features", "why": "source", "backwards": 1, "products": 0}
-        return _Taken(features.jacobian, features.heads, partition, how, features)
+        return _Taken(features.jacobian, features.heads, _values(self.tensors), partition, how, features)
 
     def _gradients(self, method: GramianMethod, rows: list[Row]) -> _Taken:
         """The task gradients of the shared parameters."""
@@ -211,7 +217,7 @@ class Step:
         if self.among is not None:
             return self._summed(method, rows, self.among)
         partition = self._partition(method, found.shared)
-        written = bool(self.others) or method.transforms or method.per_parameter
+        written = bool(self.others) or self.micro_batches > 1 or method.transforms or method.per_parameter
         together = _together(self.tensors, found, rows) if self.engine == "batched" else None
         kept: dict[int, Product] = {}
         alone: set[int] = set()
@@ -220,17 +226,17 @@ class Step:
         inputs = {k: product.inputs for k, product in kept.items()}
         jacobian = Jacobian(found.shared, count, inputs, alone, self.storage)
         if together is not None:
-            heads = together.heads
+            heads, values = together.heads, _values(self.tensors)
             together.pull_each(jacobian, kept)
         else:
-            heads = self._row_by_row(jacobian, rows, method, kept)
+            heads, values = self._row_by_row(jacobian, rows, method, kept)
         how = {
             "engine": "batched" if together else "lean" if kept else "serial",
             "why": f"{method.name} needs every gradient written out" if written else _why(self.engine, kept, found),
-            "backwards": 1 if together else count * (1 + len(self.others)),
+            "backwards": 1 if together else count * (self.micro_batches + len(self.others)),
             "products": len(kept),
         }
-        return _Taken(jacobian, heads, partition, how)
+        return _Taken(jacobian, heads, values, partition, how)
 
     def _summed(self, method: GramianMethod, rows: list[Row], among: Processes) -> _Taken:
         """The task gradients of the shared parameters, summed over the processes."""
@@ -240,23 +246,45 @@ class Step:
                 f"engine={self.engine!r} keeps what one process knows of its own samples, and gradients must be summed "
                 "over the processes. Use engine='auto'."
             )
-        how = {"engine": "serial", "why": "several processes", "backwards": count, "products": 0}
+        how: dict[str, Any] = {"engine": "serial", "why": "several processes", "products": 0}
+        how["backwards"] = count * (self.micro_batches + len(self.others))
         if among.layout is not None:
             jacobian: Rows = among.layout.rows(shared, count, self.storage, among.size, whole=method.transforms)
-            heads = self._row_by_row(jacobian, rows, method, {})
+            heads, values = self._row_by_row(jacobian, rows, method, {})
             # only now are the layers' weights those that the optimizer knows
-            return _Taken(jacobian, heads, among.agreed(self._partition(method, shared), shared), how)
+            return _Taken(jacobian, heads, values, among.agreed(self._partition(method, shared), shared), how)
         partition = among.agreed(self._partition(method, shared), shared)
         jacobian = among.rows(shared, count, partition, self.storage, whole=method.transforms)
-        return _Taken(jacobian, self._row_by_row(jacobian, rows, method, {}), partition, how)
+        return _Taken(jacobian, *self._row_by_row(jacobian, rows, method, {}), partition, how)
 
     def _row_by_row(
         self, jacobian: Rows, rows: list[Row], method: GramianMethod, kept: Mapping[int, Product]
-    ) -> list[Head]:
-        heads = []
-        for r, (row, last) in enumerate(zip(rows, done_with(self.found, rows), strict=True)):
-            heads += take(jacobian, r, row, self.tensors, self.found, method.heads, kept, self.among, last=last)
-        return heads if self.among is None else self.among.heads(heads)
+    ) -> tuple[list[Head], Tensor]:
+        """Write the rows, added up over the micro-batches; the heads' gradients and the losses, added up alike."""
+        heads, values = [], torch.zeros(len(self.tasks), dtype=torch.float64)
+        for m, (named, found) in enumerate(chain([(self.named, self.found)], self.further)):
+            if m:
+                found = self._same(named, found)
+            tensors = list(named.values())
+            marked = [replace(row, add=m > 0, more=m < self.micro_batches - 1) for row in rows]
+            for r, (row, last) in enumerate(zip(marked, done_with(found, rows), strict=True)):
+                heads += take(jacobian, r, row, tensors, found, method.heads, kept, self.among, last=last)
+            values = _values(tensors) if m == 0 else values + _values(tensors)
+        return (heads if self.among is None else self.among.heads(_added(heads))), values
+
+    def _same(self, named: Mapping[str, Tensor], found: Reach) -> Reach:
+        """The leaves of a further micro-batch, in the order of the first."""
+        first = self.found
+        alike = tuple(named) == self.tasks and all(
+            {id(p) for p in ours} == {id(p) for p in theirs}
+            for ours, theirs in zip([first.shared, *first.own], [found.shared, *found.own], strict=True)
+        )
+        if not alike:
+            raise ValueError(
+                f"the micro-batches of a step must bring the same tasks, which reach the same parameters; got "
+                f"{list(self.tasks)}, then {list(named)}. Use accumulate='direction'."
+            )
+        return replace(first, masks=found.masks)
 
     def _partition(self, method: GramianMethod, parameters: list[Tensor]) -> Partition:
         chosen = self.granularity or method.native_granularity
@@ -297,16 +325,9 @@ class Step:
             gradients[id(p)] = (p, gradients[id(p)][1] + scaled if id(p) in gradients else scaled)
         accumulate(gradients)
 
-    def _values(self) -> Tensor:
-        """Loss values ``[T]`` float64, still scaled and on the losses' device."""
-        device = self.tensors[0].device
-        if device.type == "cpu":
-            return torch.tensor([loss.item() for loss in self.tensors], dtype=torch.float64)
-        return torch.stack([loss.detach().reshape(()).double().to(device) for loss in self.tensors])
-
     def _read(self) -> Tensor:
         """Unscaled loss values ``[T]`` float64 on the CPU, checked where no gradient scaler would skip the step."""
-        losses = self._values()
+        losses = _values(self.tensors)
         if self.among is not None:
             losses = self.among.total(losses) / self.among.copies
         losses = losses.cpu() / self.scale
@@ -314,13 +335,14 @@ class Step:
             check_finite(dict(zip(self.tasks, losses, strict=True)))
         return losses
 
-    def _to_host(self, raw: Tensor, cross: Tensor | None, partial: bool) -> tuple[Tensor, Tensor | None, Tensor, bool]:
+    def _to_host(
+        self, raw: Tensor, cross: Tensor | None, values: Tensor, partial: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor, bool]:
         """Unscaled products of the gradients and loss values in float64 on the CPU, and whether all are finite.
 
         One transfer, whatever is on a device; with several processes, after one sum over them (of the products where
         they are ``partial``). Raises where a loss is not finite and no gradient scaler is there.
         """
-        values = self._values()
         given = [values, raw] if cross is None else [values, raw, cross]
         if self.among is not None:
             given = self.among.add_up(given, partial)
@@ -345,6 +367,7 @@ class _Taken:
     Attributes:
         jacobian: their rows.
         heads: the gradients of the tasks' own parameters.
+        values: the losses ``[T]`` float64, still scaled and on their device.
         partition: the blocks.
         how: they were taken, for ``stats``.
         features: the place where they were taken, where that is not the shared parameters.
@@ -352,9 +375,27 @@ class _Taken:
 
     jacobian: Rows
     heads: list[Head]
+    values: Tensor
     partition: Partition
     how: dict[str, Any]
     features: Features | None = None
+
+
+def _values(losses: list[Tensor]) -> Tensor:
+    """Loss values ``[T]`` float64, still scaled and on the losses' device."""
+    device = losses[0].device
+    if device.type == "cpu":
+        return torch.tensor([loss.item() for loss in losses], dtype=torch.float64)
+    return torch.stack([loss.detach().reshape(()).double().to(device) for loss in losses])
+
+
+def _added(heads: list[Head]) -> list[Head]:
+    """One gradient for every parameter and row."""
+    found: dict[tuple[int, int], Head] = {}
+    for p, r, gradient in heads:
+        before = found.get((id(p), r))
+        found[id(p), r] = (p, r, gradient if before is None else before[2] + gradient)
+    return list(found.values())
 
 
 def first_weights(weighting: LossWeighting | None, context: Context) -> Tensor:

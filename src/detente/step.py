@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -15,7 +16,7 @@ from detente.engine.grad import pull
 from detente.engine.graph import Reach, listed
 from detente.engine.source import Every, Sampled
 from detente.losses import check_finite, named_losses
-from detente.method import LossWeighting, Method, Update, require_method
+from detente.method import GramianMethod, LossWeighting, Method, Update, one_of, require_method
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -42,6 +43,8 @@ def step(
     engine: str = "auto",
     storage: torch.dtype | None = None,
     group: ProcessGroup | None = None,
+    micro_batches: int = 1,
+    accumulate: str = "jacobian",
 ) -> Update:
     """Zero the gradients, compute the losses, resolve their conflicts, and step the optimizer.
 
@@ -57,12 +60,18 @@ def step(
         counts: as in :func:`detente.backward`. The closure may fill a dict that is passed here.
         shared, source, granularity, weighting, engine, storage, group: as in :func:`detente.backward`. With several
             processes, some may come without some tasks: the optimizer knows all parameters.
+        micro_batches: times that the closure is called for one step, each with a fresh part of the batch; all parts
+            count alike.
+        accumulate: what is added up over the micro-batches. ``"jacobian"``: the task gradients, whose conflicts are
+            then resolved once, which is the step on the whole batch. ``"direction"``: each micro-batch's own update,
+            which is another step, and one more for the method's history each time, but works with every source.
 
     Returns:
         The :class:`Update`; after a sequential step every weight is 1 and ``stats["sequential"]`` is True.
 
     Raises:
-        ValueError: the closure does not return the task it was asked for; else as :func:`detente.backward`.
+        ValueError: the closure does not return the task it was asked for, micro-batches do not go with the method or
+            the source; else as :func:`detente.backward`.
 
     Example:
         >>> import torch, detente
@@ -78,6 +87,18 @@ def step(
     require_method(method)
     if method.requires_step and (weighting is not None or source != "parameters"):
         raise ValueError(f"weighting and source do not apply to the schedule of {method.name}; leave them out.")
+    one_of("accumulate", accumulate, ("jacobian", "direction"))
+    if not isinstance(micro_batches, int) or micro_batches < 1:
+        raise ValueError(f"micro_batches must be a whole number, at least 1; got {micro_batches!r}.")
+    if micro_batches > 1:
+        if method.requires_step or method.batches > 1:
+            raise ValueError(f"the schedule of {method.name} has no micro-batches; leave micro_batches out.")
+        gradients = isinstance(method, GramianMethod) and source == "parameters" and engine in ("auto", "serial")
+        if accumulate == "jacobian" and not gradients:
+            raise ValueError(
+                "accumulate='jacobian' adds up the task gradients of the parameters, which this method, source or "
+                "engine does not take. Use accumulate='direction'."
+            )
     everything = [p for part in optimizer.param_groups for p in part["params"]]
     options = Options(
         shared=None if shared is None else listed(shared),
@@ -90,17 +111,27 @@ def step(
         parameters=everything,
         group=group,
     )
-    return method.take_step(_Session(closure, optimizer, method, options))
+    return method.take_step(_Session(closure, optimizer, method, options, micro_batches, accumulate))
 
 
 class _Session:
     """What a method's schedule is made of; see :class:`detente.method.Session`."""
 
-    def __init__(self, closure: Closure, optimizer: torch.optim.Optimizer, method: Method, options: Options) -> None:
+    def __init__(
+        self,
+        closure: Closure,
+        optimizer: torch.optim.Optimizer,
+        method: Method,
+        options: Options,
+        micro_batches: int,
+        accumulate: str,
+    ) -> None:
         self.closure = closure
         self.optimizer = optimizer
         self.method = method
         self.options = options
+        self.micro_batches = micro_batches
+        self.accumulate = accumulate
         self.among = Processes.of(options.group)
         self.parameters: list[Tensor] = list(options.parameters or ())
         self.tasks: tuple[str, ...] = ()
@@ -141,10 +172,31 @@ class _Session:
         return values if self.among is None else self.among.means(values, self.options.counts, self.tasks)
 
     def resolve(self) -> Update:
+        if self.micro_batches > 1:
+            return self._in_parts()
         losses = self._forward()
         more = [self.closure(self._here) for _ in range(self.method.batches - 1)]
         self.optimizer.zero_grad(set_to_none=True)
         update = run(losses, self.method, self.options, more)
+        self.tasks = tuple(update.weights)
+        return update
+
+    def _in_parts(self) -> Update:
+        """As :meth:`resolve`, over several micro-batches."""
+        share = 1 / self.micro_batches
+        options = replace(self.options, scale=self.options.scale * share)
+
+        def part() -> dict[str, Tensor]:
+            return {task: loss * share for task, loss in self._forward().items()}
+
+        first = part()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.accumulate == "jacobian":
+            update = run(first, self.method, self.options, micro=[part] * (self.micro_batches - 1))
+        else:
+            update = run(first, self.method, options)
+            for _ in range(self.micro_batches - 1):
+                update = run(part(), self.method, options)
         self.tasks = tuple(update.weights)
         return update
 

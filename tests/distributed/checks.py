@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import detente
+from distributed.matrix import leave
 
 CHECKS: dict[str, Callable[[], Any]] = {}
 
@@ -328,6 +329,7 @@ def main(names: list[str]) -> None:
     if dist.get_rank() == 0:
         print("CHECKS " + json.dumps(found), flush=True)
     dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

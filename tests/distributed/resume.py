@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import detente
-from distributed.matrix import TASKS, Model, build, data, division, wrapped
+from distributed.matrix import TASKS, Model, build, data, division, leave, wrapped
 
 
 def main(folder: Path, setup: str, steps: int) -> None:
@@ -52,6 +52,7 @@ def main(folder: Path, setup: str, steps: int) -> None:
         save(folder, setup, step + 1, inner, optimizer, method, source)
     del model  # the last one to let go of a process group may wait for its threads forever, if that is a DDP reducer
     dist.destroy_process_group()
+    leave()
 
 
 def save(

@@ -65,8 +65,11 @@ class Jacobian:
                 self.slices[k] = part.view(count, *p.shape, *([2] if p.is_complex() else []))
                 self.places[k] = self.slices[k].unbind(0)
 
-    def write(self, row: int, gradients: Sequence[Tensor | None]) -> None:
-        """Write the gradient of one task, one tensor per parameter (D_t for a product); None is zero."""
+    def write(self, row: int, gradients: Sequence[Tensor | None], *, add: bool = False, more: bool = False) -> None:
+        """Write the gradient of one task, one tensor per parameter (D_t for a product); None is zero.
+
+        With ``add`` to what is there already, which neither products nor kept gradients can; ``more`` is to come.
+        """
         for k, kept in self.outputs.items():
             output = gradients[k]
             if output is None:
@@ -79,12 +82,14 @@ class Jacobian:
         places, values = [], []
         for k, rows in self.places.items():
             gradient = gradients[k]
-            if gradient is None:
-                rows[row].zero_()
-            else:
+            if gradient is not None:
                 places.append(rows[row])
                 values.append(real(gradient))
-        if places:
+            elif not add:
+                rows[row].zero_()
+        if places and add:
+            torch._foreach_add_(places, [value.to(place.dtype) for place, value in zip(places, values, strict=True)])
+        elif places:
             torch._foreach_copy_(places, values)
 
     def write_all(self, gradients: Sequence[Tensor | None]) -> None:

@@ -45,8 +45,10 @@ class Summed(Jacobian):
         self.processes = processes
         self._waiting: list[dist.Work] = []
 
-    def write(self, row: int, gradients: Sequence[Tensor | None]) -> None:
-        super().write(row, gradients)
+    def write(self, row: int, gradients: Sequence[Tensor | None], *, add: bool = False, more: bool = False) -> None:
+        super().write(row, gradients, add=add)
+        if more:
+            return
         for buffer in super().buffers:
             work = dist.all_reduce(buffer[row], group=self.processes.group, async_op=True)
             assert work is not None
@@ -99,10 +101,10 @@ class Scattered:
         self.columns = Jacobian([kind.columns for kind in self.kinds], count, storage=storage)
         self.whole = Partition.by_model(self.columns.parameters)
 
-    def write(self, row: int, gradients: Sequence[Tensor | None]) -> None:
-        """Send the gradient of one task, one tensor per parameter; None is zero."""
+    def write(self, row: int, gradients: Sequence[Tensor | None], *, add: bool = False, more: bool = False) -> None:
+        """Send the gradient of one task, one tensor per parameter; None is zero. With ``add`` to what is there."""
         for kind, rows in zip(self.kinds, self.columns.buffers, strict=True):
-            kind.send([gradients[k] for k in kind.members], rows[row])
+            kind.send([gradients[k] for k in kind.members], rows[row], add=add)
 
     @property
     def buffers(self) -> list[Tensor]:
@@ -144,9 +146,9 @@ class _Kind:
         one = parameters[0].new_empty(1, dtype=parameters[0].dtype.to_real())
         self.columns = one.expand(sum(self.shares))  # no memory: only its shape is used
         self._free: list[Tensor] = []
-        self._waiting: deque[tuple[dist.Work, Tensor, Tensor, Tensor]] = deque()
+        self._waiting: deque[tuple[dist.Work, Tensor, Tensor, Tensor, bool]] = deque()
 
-    def send(self, gradients: Sequence[Tensor | None], row: Tensor) -> None:
+    def send(self, gradients: Sequence[Tensor | None], row: Tensor, *, add: bool) -> None:
         """Add up over the processes; this one's columns go into ``row`` once :meth:`settle` has been called."""
         pieces = _Pieces(
             self.columns.new_zeros(1).expand(size) if g is None else real(g).reshape(-1)
@@ -156,9 +158,9 @@ class _Kind:
         for place in places:
             bucket = self._buffer(len(place) * self.processes.size)
             pieces.fill(bucket)
-            self._launch(bucket, place)
+            self._launch(bucket, place, add)
 
-    def _launch(self, bucket: Tensor, place: Tensor) -> None:
+    def _launch(self, bucket: Tensor, place: Tensor, add: bool) -> None:
         group = self.processes.group
         if self.processes.gloo and bucket.device.type == "cpu":
             # gloo's own reduce_scatter moves as much as an all_reduce
@@ -168,15 +170,17 @@ class _Kind:
             received = self._buffer(len(place))
             work = reduce_scatter(received, bucket, group=group, async_op=True)
         assert work is not None
-        self._waiting.append((work, bucket, received, place))
+        self._waiting.append((work, bucket, received, place, add))
         if len(self._waiting) >= _PARTS // 2:
             self._arrive()
 
     def _arrive(self) -> None:
-        work, bucket, received, place = self._waiting.popleft()
+        work, bucket, received, place, add = self._waiting.popleft()
         work.wait()
         parts = received.view(-1, len(place))
-        if len(parts) == 1 or place.dtype != parts.dtype:
+        if add:
+            place.add_(parts.sum(0))
+        elif len(parts) == 1 or place.dtype != parts.dtype:
             place.copy_(parts.sum(0))
         else:
             torch.sum(parts, 0, out=place)

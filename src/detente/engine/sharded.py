@@ -128,8 +128,8 @@ def layout(found: Reach, size: int) -> tuple[Layout, Reach] | None:
 class _Parts(Jacobian):
     """Rows of which this process holds a part of every gradient."""
 
-    def write(self, row: int, gradients: Sequence[Tensor | None]) -> None:
-        super().write(row, [None if g is None else _local(g) for g in gradients])
+    def write(self, row: int, gradients: Sequence[Tensor | None], *, add: bool = False, more: bool = False) -> None:
+        super().write(row, [None if g is None else _local(g) for g in gradients], add=add, more=more)
 
 
 def _managed() -> dict[int, tuple[Any, Any]]:

@@ -44,10 +44,14 @@ class Row:
     Attributes:
         tasks: positions of its losses.
         factors: their factors in the sum.
+        add: whether it is added to what an earlier micro-batch gave.
+        more: whether a later one will add to it.
     """
 
     tasks: tuple[int, ...]
     factors: tuple[float, ...]
+    add: bool = False
+    more: bool = False
 
 
 def every_task(count: int) -> list[Row]:
@@ -378,7 +382,7 @@ def take(
                 "not supported yet. Build the embedding with sparse=False."
             )
         gradients[k] = gradient
-    jacobian.write(r, gradients)
+    jacobian.write(r, gradients, add=row.add, more=row.more)
     return _heads([(p, r) for p in own], head_gradients, among)
 
 
