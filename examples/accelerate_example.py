@@ -6,8 +6,6 @@ Run it with ``accelerate launch examples/accelerate_example.py``, ``torchrun --n
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -15,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import detente
+from detente.integrations import figures
 from detente.integrations.accelerate import backward, log
 
 
@@ -35,15 +34,20 @@ class Network(nn.Module):
         return self.sine(features), self.step(features)
 
 
-def main(batch_size: int = 64, epochs: int = 2, accelerator: Accelerator | None = None, **options: Any) -> nn.Module:
-    """Train; ``batch_size`` is that of all processes together, and ``options`` are those of the backward pass."""
+def main(
+    batch_size: int = 64,
+    epochs: int = 2,
+    accelerator: Accelerator | None = None,
+    method: detente.Method | None = None,
+) -> nn.Module:
+    """Train; ``batch_size`` is that of all processes together."""
     accelerator = accelerator or Accelerator(cpu=True)
+    method = method or detente.CAGrad(c=0.4)
     loader = DataLoader(make_data(), batch_size // accelerator.num_processes)
     torch.manual_seed(0)
     model = Network()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    method = detente.CAGrad(c=0.4)
     accelerator.register_for_checkpointing(method)  # its history is saved by accelerator.save_state
     count = 0
     for epoch in range(epochs):
@@ -54,13 +58,13 @@ def main(batch_size: int = 64, epochs: int = 2, accelerator: Accelerator | None 
                     "sine": F.mse_loss(outputs[0], sine),
                     "step": F.binary_cross_entropy_with_logits(outputs[1], step),
                 }
-                update = backward(accelerator, losses, method, **options)
+                update = backward(accelerator, losses, method)
                 optimizer.step()
                 optimizer.zero_grad()
             log(accelerator, update, step=count)
             count += 1
         method.next_epoch()
-        accelerator.print(f"epoch {epoch}: conflicts {update.stats['conflicts']}")
+        accelerator.print(f"epoch {epoch}: {figures(update)}")
     return accelerator.unwrap_model(model)
 
 

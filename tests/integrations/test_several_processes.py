@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from distributed.matrix import launch
 from integrations.worker import RUNS, error
 

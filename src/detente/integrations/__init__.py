@@ -12,7 +12,7 @@ from torch.amp import GradScaler
 from detente.losses import Losses, named_losses
 from detente.method import Method, Update
 
-__all__ = ["figures", "keepers", "load_state_dict", "next_epoch", "scaled", "state_dict", "summed"]
+__all__ = ["by_task", "figures", "load_state_dict", "next_epoch", "scaled", "state_dict", "summed"]
 
 
 def figures(update: Update) -> dict[str, float]:
@@ -21,9 +21,9 @@ def figures(update: Update) -> dict[str, float]:
     Example:
         >>> import torch, detente
         >>> shared = torch.ones(2, requires_grad=True)
-        >>> update = detente.backward({"a": shared.sum(), "b": -shared[0]}, detente.GD())
-        >>> figures(update)
-        {'weights/a': 1.0, 'weights/b': 1.0, 'conflicts': 1.0}
+        >>> update = detente.backward({"a": shared.sum(), "b": -shared[0]}, detente.CAGrad())
+        >>> sorted(figures(update)), figures(update)["conflicts"]
+        (['conflicts', 'weights/a', 'weights/b'], 1.0)
     """
     found = {f"weights/{task}": float(weight.mean()) for task, weight in update.weights.items()}
     if "conflicts" in update.stats:  # not known to methods that never form the task gradients
@@ -31,9 +31,16 @@ def figures(update: Update) -> dict[str, float]:
     return found
 
 
+def by_task(losses: Losses) -> dict[str, Tensor]:
+    """``{task: loss}``, checked where there is a graph; in evaluation there is none."""
+    if torch.is_grad_enabled() or isinstance(losses, Tensor):
+        return named_losses(losses, any_number=True)
+    return dict(losses) if isinstance(losses, Mapping) else {str(i): loss for i, loss in enumerate(losses)}
+
+
 def scaled(losses: Losses, scaler: GradScaler | None, steps: int = 1) -> tuple[dict[str, Tensor], float]:
     """The losses as a framework scales its one loss, by the batches of a step and a gradient scaler; and the factor."""
-    named = named_losses(losses, any_number=True)
+    named = by_task(losses)
     if steps != 1:
         named = {task: loss / steps for task, loss in named.items()}
     if scaler is None:
@@ -44,7 +51,7 @@ def scaled(losses: Losses, scaler: GradScaler | None, steps: int = 1) -> tuple[d
 
 def summed(losses: Losses) -> Tensor:
     """The loss that a framework knows of: for its hooks, its progress bar and its logs."""
-    return sum(named_losses(losses, any_number=True).values(), torch.zeros(()))
+    return sum(by_task(losses).values(), torch.zeros(()))
 
 
 def keepers(method: Method, options: Mapping[str, Any]) -> dict[str, Any]:

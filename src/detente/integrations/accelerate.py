@@ -62,14 +62,15 @@ def log(accelerator: Accelerator, update: Update, step: int | None = None) -> No
 
 
 def _refuse(accelerator: Accelerator) -> None:
+    """Raise for engines that own the backward pass."""
     kind = accelerator.distributed_type
-    engines = {
+    engine = {
         DistributedType.DEEPSPEED: "DeepSpeed",
         DistributedType.MEGATRON_LM: "Megatron",
-        DistributedType.FSDP: None if accelerator.is_fsdp2 else "FullyShardedDataParallel (FSDP1)",
-    }
-    if engines.get(kind) is not None:
+        DistributedType.FSDP: "FullyShardedDataParallel (FSDP1)",
+    }.get(kind)
+    if engine is not None and not (kind == DistributedType.FSDP and accelerator.is_fsdp2):
         raise RuntimeError(
-            f"{engines[kind]} owns the backward pass and does not give the gradients of single tasks. Use "
+            f"{engine} owns the backward pass and does not give the gradients of single tasks. Use "
             "DistributedDataParallel (accelerate launch --multi_gpu), or FSDP2 (fsdp_version: 2)."
         )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detente.integrations import figures, load_state_dict, next_epoch, scaled, state_dict, summed
+from detente.integrations import by_task, figures, load_state_dict, next_epoch, scaled, state_dict, summed
 from detente.losses import Losses
 from detente.method import Method
 
@@ -78,7 +78,7 @@ class MultiTaskTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        losses, _ = scaled(self.compute_losses(model, inputs), None)
+        losses = by_task(self.compute_losses(model, inputs))
         loss = summed(losses)
         return (loss, {task: value.reshape(1) for task, value in losses.items()}) if return_outputs else loss
 
