@@ -161,8 +161,9 @@ def test_the_method_is_no_part_of_the_network():
 
 
 def test_errors_say_what_to_do(tmp_path):
-    with pytest.raises(RuntimeError, match=r"detente\.step"):
-        fit(tmp_path, model_with(detente.AutoLambda()))
+    for method in (detente.AutoLambda(), detente.FAMO()):
+        with pytest.raises(RuntimeError, match=r"detente\.step"):
+            fit(tmp_path, model_with(method))
 
     class Old(EXAMPLE.Model):  # type: ignore[name-defined,misc]
         def training_step(self, batch: Any, batch_idx: int) -> Any:

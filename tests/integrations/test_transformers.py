@@ -105,8 +105,9 @@ def test_evaluation(tmp_path):
 
 
 def test_errors_say_what_to_do(tmp_path):
-    with pytest.raises(RuntimeError, match=r"detente\.step"):
-        make(tmp_path, detente.AutoLambda()).train()
+    for method in (detente.AutoLambda(), detente.FAMO()):
+        with pytest.raises(RuntimeError, match=r"detente\.step"):
+            make(tmp_path, method).train()
     trainer = make(tmp_path)
     bare = MultiTaskTrainer(trainer.model, trainer.args, train_dataset=trainer.train_dataset, method=detente.GD())
     with pytest.raises(NotImplementedError, match="compute_losses"):

@@ -71,6 +71,8 @@ def run_torchrun(size: int, folder: Path) -> dict[str, State]:
 
 
 def run_lightning(size: int, folder: Path) -> dict[str, State]:
+    from lightning.pytorch.strategies import DDPStrategy, Strategy
+
     module = example("lightning_example")
 
     class Manual(module.Model):  # type: ignore[name-defined,misc]
@@ -84,7 +86,7 @@ def run_lightning(size: int, folder: Path) -> dict[str, State]:
             self.manual_backward(self.training_losses(batch, batch_idx))
             optimizer.step()
 
-    def run(strategy: str, model: type[nn.Module] = module.Model, **options: Any) -> State:
+    def run(strategy: str | Strategy, model: type[nn.Module] = module.Model, **options: Any) -> State:
         torch.manual_seed(0)
         chosen: dict[str, Any] = {"devices": size, "strategy": strategy if size > 1 else "auto"}
         if size == 1:  # the order in which Lightning gives several processes their samples
@@ -97,6 +99,7 @@ def run_lightning(size: int, folder: Path) -> dict[str, State]:
         "accumulating": run("ddp", accumulate_grad_batches=2),
         "find_unused": run("ddp_find_unused_parameters_true"),
         "manual": run("ddp", Manual),
+        "manual, static_graph": run(DDPStrategy(static_graph=True), Manual),
     }
 
 

@@ -12,7 +12,7 @@ from torch.amp import GradScaler
 from detente.losses import Losses, named_losses
 from detente.method import Method, Update
 
-__all__ = ["by_task", "figures", "load_state_dict", "next_epoch", "scaled", "state_dict", "summed"]
+__all__ = ["by_task", "figures", "load_state_dict", "next_epoch", "refuse_schedules", "scaled", "state_dict", "summed"]
 
 
 def figures(update: Update) -> dict[str, float]:
@@ -76,3 +76,13 @@ def next_epoch(method: Method, options: Mapping[str, Any]) -> None:
     for keeper in keepers(method, options).values():
         if isinstance(keeper, Method):
             keeper.next_epoch()
+
+
+def refuse_schedules(method: Method, options: Mapping[str, Any]) -> None:
+    """Raise where nobody would give a method what it needs after the optimizer's step; it would never learn."""
+    for keeper in keepers(method, options).values():
+        if isinstance(keeper, Method) and "losses after the step" in keeper.needs:
+            raise RuntimeError(
+                f"{keeper.name} needs the losses after the optimizer's step, which this loop does not compute. "
+                "Use detente.step(closure, optimizer, method) in a loop of your own."
+            )

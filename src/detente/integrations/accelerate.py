@@ -72,5 +72,5 @@ def _refuse(accelerator: Accelerator) -> None:
     if engine is not None and not (kind == DistributedType.FSDP and accelerator.is_fsdp2):
         raise RuntimeError(
             f"{engine} owns the backward pass and does not give the gradients of single tasks. Use "
-            "DistributedDataParallel (accelerate launch --multi_gpu), or FSDP2 (fsdp_version: 2)."
+            "DistributedDataParallel (accelerate launch --multi_gpu)."
         )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from detente.backward import backward
-from detente.integrations import figures, load_state_dict, next_epoch, scaled, state_dict, summed
+from detente.integrations import figures, load_state_dict, next_epoch, refuse_schedules, scaled, state_dict, summed
 from detente.losses import Losses
 from detente.method import Method, Update
 
@@ -44,7 +44,7 @@ class MultiTaskModule(LightningModule):
 
     Raises:
         RuntimeError: in the first step, where the strategy owns the backward pass (DeepSpeed, FSDP1), or the method
-            needs :func:`detente.step` (call that in a ``training_step`` of your own, with manual optimization).
+            needs :func:`detente.step` (not with Lightning: write that loop yourself).
 
     Example:
         >>> import torch, detente
@@ -112,6 +112,8 @@ class MultiTaskModule(LightningModule):
                 f"the losses by task are not known. Let {type(self).__name__} implement training_losses(batch, "
                 "batch_idx) instead of training_step."
             )
+        if self.automatic_optimization:
+            refuse_schedules(self.method, self.backward_options)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         losses, factor = scaled(losses, scaler, self.trainer.accumulate_grad_batches)
         options = {**self.backward_options, **options}
@@ -141,6 +143,5 @@ def _refuse(strategy: Strategy) -> None:
     for owner, engine in ((DeepSpeedStrategy, "DeepSpeed"), (FSDPStrategy, "FullyShardedDataParallel (FSDP1)")):
         if isinstance(strategy, owner):
             raise RuntimeError(
-                f"{engine} owns the backward pass and does not give the gradients of single tasks. Use "
-                "strategy='ddp', or 'model_parallel' with fully_shard (FSDP2)."
+                f"{engine} owns the backward pass and does not give the gradients of single tasks. Use strategy='ddp'."
             )

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detente.integrations import by_task, figures, load_state_dict, next_epoch, scaled, state_dict, summed
+from detente.integrations import (
+    by_task,
+    figures,
+    load_state_dict,
+    next_epoch,
+    refuse_schedules,
+    scaled,
+    state_dict,
+    summed,
+)
 from detente.losses import Losses
 from detente.method import Method
 
@@ -85,6 +94,7 @@ class MultiTaskTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
+        refuse_schedules(self.method, self.backward_options)
         model.train()
         train = getattr(self.optimizer, "train", None)  # optimizers without a schedule have two modes
         if callable(train):
