@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -140,3 +141,6 @@ if __name__ == "__main__":
     if dist.get_rank() == 0:
         torch.save(found, Path(sys.argv[2], "found.pt"))
     dist.destroy_process_group()
+    sys.stdout.flush()
+    # torch 2.13 now and then aborts while the interpreter of a gloo process shuts down, after a plain DDP loop too
+    os._exit(0)
