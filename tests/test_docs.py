@@ -12,7 +12,12 @@ import pytest
 import detente
 
 ROOT = Path(__file__).parents[1]
-EXPECTED = {"README.md": 2, "docs/architectures.md": 6, "docs/speed.md": 2}  # at least so many blocks
+EXPECTED = {
+    "README.md": 2,
+    "docs/architectures.md": 6,
+    "docs/frameworks.md": 3,
+    "docs/speed.md": 2,
+}  # at least so many blocks
 BLOCKS = [
     pytest.param(document, block, id=f"{document} {k}")
     for document in EXPECTED
@@ -25,6 +30,8 @@ BLOCKS = [
 @pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
 def test_blocks_run(document, block, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    for framework in re.findall(r"detente\.integrations\.(\w+)", block):
+        pytest.importorskip(framework)
     exec(compile(block, document, "exec"), {"__name__": "document"})
 
 

@@ -100,6 +100,7 @@ def test_engine_and_methods_do_not_know_each_other():
 def test_importing_detente_loads_no_optional_library():
     """In a fresh interpreter: neither the comparison tool nor what it needs is loaded."""
     optional = "typer rich plotly sklearn scipy jinja2 matplotlib yaml filelock pandas tensorboard"
+    optional += " lightning accelerate transformers"
     code = (
         "import sys, torch; before = set(sys.modules); import detente; new = set(sys.modules) - before; "
         f"loaded = {{m.split('.')[0] for m in new}} & set('{optional}'.split()); assert not loaded, loaded; "
