@@ -91,7 +91,7 @@ def step(
     if not isinstance(micro_batches, int) or micro_batches < 1:
         raise ValueError(f"micro_batches must be a whole number, at least 1; got {micro_batches!r}.")
     if micro_batches > 1:
-        if method.requires_step or method.batches > 1:
+        if method.requires_step or method.batches > 1 or "losses after the step" in method.needs:
             raise ValueError(f"the schedule of {method.name} has no micro-batches; leave micro_batches out.")
         gradients = isinstance(method, GramianMethod) and source == "parameters" and engine in ("auto", "serial")
         if accumulate == "jacobian" and not gradients:

@@ -1,6 +1,6 @@
 """What has to hold on several processes; started by torchrun, one report by process 0.
 
-``torchrun --nproc-per-node 2 tests/distributed/checks.py`` runs all of them. Every check runs on every process.
+``PYTHONPATH=tests torchrun --nproc-per-node 2 tests/distributed/checks.py`` runs all. Each runs on every process.
 """
 
 from __future__ import annotations
@@ -294,6 +294,31 @@ def refused() -> dict[str, str]:
     for name, options in {"features": {"source": "features"}, "rows": {}}.items():
         method = detente.PCGrad() if options else detente.GradDrop()
         found[f"FSDP2, {name}"] = raised(lambda o=options, m=method: detente.backward(losses(sharded), m, **o))
+    return found
+
+
+@check
+def accumulation() -> dict[str, list[float]]:
+    """Two micro-batches on each process, beside one process on the whole batch: rows by columns, and whole rows."""
+    found = {}
+    rank, size = dist.get_rank(), dist.get_world_size()
+    alone = dist.new_group([rank], use_local_synchronization=True)
+    x = torch.randn(4 * size * 2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def given(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
+        h = net["trunk"](x)
+        return {t: (net[t](h) * (1 if t == "a" else -2) + 1).square().mean() for t in "ab"}
+
+    for name, options in {"columns": {}, "rows": {"granularity": "layer"}}.items():
+        net, wanted = network(), network()
+        parts = iter(x[4 * (2 * rank) : 4 * (2 * rank + 2)].split(4))
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        closure = lambda tasks=None, net=net, parts=parts: given(net, next(parts))  # noqa: E731
+        detente.step(closure, optimizer, detente.PCGrad(), micro_batches=2, **options)
+        other = torch.optim.SGD(wanted.parameters(), lr=0.1)
+        detente.step(lambda tasks=None, w=wanted: given(w, x), other, detente.PCGrad(), group=alone, **options)
+        off = torch.cat([(p - q).reshape(-1) for p, q in zip(net.parameters(), wanted.parameters(), strict=True)])
+        found[name] = everywhere(float(off.norm()))
     return found
 
 

@@ -104,3 +104,8 @@ def test_what_is_refused():
 def test_an_ordinary_backward_pass_afterwards_is_still_reduced():
     for differences in result("ordinary_backward_afterwards").values():
         assert max(differences) == 0
+
+
+def test_micro_batches_on_several_processes():
+    for off in result("accumulation").values():
+        assert max(off) < 1e-14  # of parameters of about 1, in float64
