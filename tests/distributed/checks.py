@@ -318,7 +318,7 @@ def accumulation() -> dict[str, list[float]]:
         other = torch.optim.SGD(wanted.parameters(), lr=0.1)
         detente.step(lambda tasks=None, w=wanted: given(w, x), other, detente.PCGrad(), group=alone, **options)
         off = torch.cat([(p - q).reshape(-1) for p, q in zip(net.parameters(), wanted.parameters(), strict=True)])
-        found[name] = everywhere(float(off.norm()))
+        found[name] = everywhere(float(off.detach().norm()))
     return found
 
 
