@@ -247,6 +247,7 @@ def bad_counts() -> list[str]:
         raised(lambda: detente.backward(losses(net), detente.PCGrad(), counts={"a": 3})),
         raised(lambda: detente.backward(losses(net), detente.PCGrad(), counts=-1)),
         raised(lambda: detente.backward(losses(net), detente.PCGrad(), counts=torch.ones(()))),
+        raised(lambda: detente.backward(losses(net), detente.PCGrad(), counts=3 if dist.get_rank() else None)),
     ]
 
 

@@ -105,6 +105,9 @@ METHODS: dict[str, Build] = {
     "gradnorm": plain("gradnorm"),
     "uw": plain("uw"),
     "graddrop": plain("graddrop"),
+    "moco": plain("moco"),
+    "auto_lambda": plain("auto_lambda"),
+    "sdmgrad": plain("sdmgrad"),
     "cagrad, layers": plain("cagrad", granularity="layer"),
     "pcgrad, channels": plain("pcgrad", granularity="channel"),
     "cagrad + dwa": plain("cagrad", weighting=partial(detente.DWA)),
@@ -124,15 +127,15 @@ def refused(setup: str, method: str, kind: str, size: int) -> str | None:
     """Why there is no such cell."""
     if setup in ("hsdp", "fsdp2 x tp") and size != 4:
         return "needs four processes"
-    if setup in MIXED and method in ("famo", "strength 1"):
-        return "an optimizer step that no gradient scaler may skip"
+    if setup in MIXED and method in ("famo", "strength 1", "auto_lambda", "sdmgrad"):
+        return "more than one backward pass, which detente.step takes"
     if setup == "ddp, compiled" and method.startswith("strength"):
         return "a forward pass per task"
     if setup == "ddp, compiled" and method in ("cagrad, features", "cagrad, Every(3)"):
         return "refused with an error"
     if setup == "ddp, compiled" and method == "graddrop":
         return "its random masks follow the order in which the graph uses the parameters"
-    if setup in SHARDED and method in ("graddrop", "cagrad, features"):
+    if setup in SHARDED and method in ("graddrop", "moco", "auto_lambda", "cagrad, features"):
         return "refused with an error"
     if method == "cagrad, features" and kind == "missing":
         return "refused with an error"

@@ -76,10 +76,11 @@ def test_a_mean_over_no_samples_does_not_count():
 
 
 def test_bad_counts():
-    absent, negative, tensor = result("bad_counts")
+    absent, negative, tensor, mixed = result("bad_counts")
     assert "says nothing about the task 'b'" in absent
     assert "it is -1" in negative
     assert "plain number" in tensor
+    assert "on all of them, or on none" in mixed
 
 
 def test_debug_mode_finds_what_differs():

@@ -83,7 +83,7 @@ class Processes:
         with self.failing_together():
             mine = _counts(losses, counts)
             found = self._reach(losses, shared)
-            signature = [1, _digest(list(losses)), _digest(_layout(found))]
+            signature = [1 if counts is None else 2, _digest(list(losses)), _digest(_layout(found))]
         everyone = self._gather(signature)
         failed = [r for r, (ok, _, _) in enumerate(everyone) if not ok]
         if failed:
@@ -91,6 +91,8 @@ class Processes:
                 f"process {failed[0]} of {self.size} could not take part in this step; its own error says why. "
                 "Nothing was written here."
             )
+        if len({given for given, _, _ in everyone}) > 1:
+            raise RuntimeError("some processes pass counts and others do not. Pass it on all of them, or on none.")
         alike = self.alike = all(other == signature for other in everyone)
         if self.layout is not None and not alike:
             raise RuntimeError(
