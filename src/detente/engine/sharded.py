@@ -113,9 +113,7 @@ def layout(found: Reach, size: int) -> tuple[Layout, Reach] | None:
             )
         return result
 
-    spread = replace(
-        found, shared=[known(p) for p in found.shared], own=[[known(p) for p in own] for own in found.own]
-    )
+    spread = replace(found, shared=[known(p) for p in found.shared], own=[[known(p) for p in own] for own in found.own])
     # under FSDP2 with tensor parallelism, what is not cut by the latter lies on the data dimension of the mesh alone
     largest = max(p.device_mesh.size() for p in spread.leaves if isinstance(p, DTensor))
     if largest != size:
