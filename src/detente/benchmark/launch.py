@@ -13,10 +13,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -25,6 +25,9 @@ import torch.distributed as dist
 from detente.benchmark.runner import Event, Job, Progress, unfinished, work
 
 __all__ = ["check_launcher", "run_launched"]
+
+ALONE = "failed alone"
+"""Text of an event: a process failed, and others wait for it."""
 
 
 def check_launcher(name: str) -> None:
@@ -41,42 +44,39 @@ def check_launcher(name: str) -> None:
 def run_launched(jobs: Sequence[Job], root: Path, processes: int, progress: Progress) -> dict[str, str]:
     """Run what is not finished yet, one after another, each on so many processes.
 
-    A process that fails alone leaves the others waiting for it. So an error ends them all, and new ones take the jobs
-    that are left.
-
     Returns:
         As :func:`detente.benchmark.runner.run_jobs`.
 
     Raises:
-        ChildProcessError: torchrun ended before any job had begun.
+        ChildProcessError: torchrun ended before any run had begun.
     """
     left = unfinished(jobs, root, progress)
     errors: dict[str, str] = {}
+
+    def hear(event: Event) -> None:
+        progress(event)
+        if event.error is not None:
+            errors[f"{event.job} seed {event.seed}"] = event.error
+        if event.error is not None or (event.fraction >= 1 and not event.text):
+            left[:] = [job for job in left if (job.name, job.seed) != (event.job, event.seed)]
+
     while left:
-        begun = False
-        failure = ""
+        begun = stuck = False
         with _started(left, root, processes) as torchrun:
-            for event in _events(torchrun):
-                begun = True
-                if event.error is not None:
-                    time.sleep(0.5)  # where one could not go on because of another, both say so
-                    assert torchrun.stdin is not None
-                    torchrun.stdin.close()
-                    found = [event.error, *(e.error for e in _events(torchrun) if e.error is not None)]
-                    failure = "; ".join(dict.fromkeys(found))
-                    break
-                progress(event)
-                if event.fraction >= 1 and not event.text:
-                    left.pop(0)
+            assert torchrun.stdout is not None
+            for line in torchrun.stdout:
+                event = Event(**json.loads(line))
+                hear(event)
+                begun, stuck = True, event.text == ALONE
+                if stuck:
+                    break  # others wait for the process that failed: new ones take what is left
         if not begun:
             raise ChildProcessError(
-                f"torchrun ended with {torchrun.returncode} before any run had begun; see its messages above."
+                f"torchrun ended with {torchrun.returncode} before any run had begun; its messages say why."
             )
-        if left:
-            job = left.pop(0)
-            error = failure or f"a process ended without a word (torchrun: {torchrun.returncode})"
-            errors[f"{job.name} seed {job.seed}"] = error
-            progress(Event(job.name, job.seed, 1.0, "failed", error))
+        if left and not stuck:
+            error = f"a process ended without a word (torchrun: {torchrun.returncode})"
+            hear(Event(left[0].name, left[0].seed, 1.0, "failed", error))
     return errors
 
 
@@ -85,10 +85,9 @@ def _started(jobs: Sequence[Job], root: Path, processes: int) -> Iterator[subpro
     """torchrun, which ends with the block."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     with tempfile.TemporaryDirectory() as folder:
-        listed = Path(folder, "jobs.json")
-        listed.write_text(json.dumps([asdict(job) for job in jobs]))
+        Path(folder, "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
         torchrun = subprocess.Popen(
-            [*command, "-m", "detente.benchmark.launch", str(listed), str(root)],
+            [*command, "-m", "detente.benchmark.launch", folder, str(root)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -106,18 +105,12 @@ def _started(jobs: Sequence[Job], root: Path, processes: int) -> Iterator[subpro
                 torchrun.stdin.close()
 
 
-def _events(torchrun: subprocess.Popen[str]) -> Iterator[Event]:
-    assert torchrun.stdout is not None
-    for line in torchrun.stdout:
-        yield Event(**json.loads(line))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # In the processes that torchrun starts
 
 
-def _main(listed: str, root: str) -> None:
-    """Run the jobs with the other processes; process 0 reports, and whichever fails."""
+def _main(folder: str, root: str) -> None:
+    """Run the jobs with the other processes; process 0 reports."""
     threading.Thread(target=_end_with_the_command, daemon=True).start()
     rank, processes = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
     reports = os.dup(1)
@@ -130,21 +123,34 @@ def _main(listed: str, root: str) -> None:
     def report(event: Event) -> None:
         os.write(reports, (json.dumps(asdict(event)) + "\n").encode())
 
-    def heard(event: Event) -> None:
+    def report_first(event: Event) -> None:
         if rank == 0:
             report(event)
 
     torch.set_num_threads(1)
-    jobs = [Job(**content) for content in json.loads(Path(listed).read_text())]
-    dist.init_process_group(_backend(processes))
-    for job in jobs:
-        heard(Event(job.name, job.seed, 0.0))
-        error = work(job, Path(root), heard)
-        if error is not None:
-            report(Event(job.name, job.seed, 1.0, "failed", error))
+    jobs = [Job(**content) for content in json.loads(Path(folder, "jobs.json").read_text())]
+    store = dist.FileStore(str(Path(folder, "store")), processes)  # type: ignore[attr-defined]
+    for k, job in enumerate(jobs):
+        if not dist.is_initialized():
+            own = dist.PrefixStore(str(k), store)  # type: ignore[attr-defined]
+            dist.init_process_group(_backend(processes), store=own, rank=rank, world_size=processes)
+        report_first(Event(job.name, job.seed, 0.0))
+        error = work(job, Path(root), report_first)
+        if error is None:
+            report_first(Event(job.name, job.seed, 1.0))
+            continue
+        everyone = [f"error {k} {r}" for r in range(processes)]
+        store.set(everyone[rank], error)
+        try:
+            store.wait(everyone, timedelta(seconds=3))
+        except RuntimeError:
+            report(Event(job.name, job.seed, 1.0, ALONE, error))
             threading.Event().wait()  # for the command to end this process
-        heard(Event(job.name, job.seed, 1.0))
-    dist.destroy_process_group()
+        found = [store.get(key).decode() for key in everyone]
+        report_first(Event(job.name, job.seed, 1.0, "failed", "; ".join(dict.fromkeys(found))))
+        dist.destroy_process_group()  # what is on its way between the processes must not reach the next job
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _end_with_the_command() -> None:
