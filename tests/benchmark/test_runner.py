@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,77 +21,19 @@ import pytest
 import torch
 
 import detente
-from benchmark.command import Outcome, run
+from benchmark.command import Outcome, alive, children, results, run, started, until
 from detente.benchmark import runner
 from detente.benchmark.problem import load_problem
 from detente.benchmark.runner import Event, Job
 
 TINY = Path(__file__).with_name("tiny_problem.py")
 METHODS = "pcgrad,connection_strength"
-PATIENCE = 120.0  # seconds until a test gives up waiting; a loaded machine starts a process in 10
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks processes up in /proc")
 
 
 def compare(out: Path, problem: Path = TINY, methods: str = METHODS, seeds: int = 2, *more: str) -> Outcome:
     return run("compare", problem, "--methods", methods, "--seeds", str(seeds), "--out", out, *more)
-
-
-@contextlib.contextmanager
-def started(out: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
-    """The real command in a process group of its own, slowed down by sleeping; killed at the end if it still lives."""
-    source = str(Path(detente.__file__).parents[1])
-    process = subprocess.Popen(
-        [sys.executable, "-m", "detente.benchmark", "compare", str(TINY), *more, "--out", str(out)],
-        env={**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "TINY_SLEEP": "0.09"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        # a shell that runs the tests in the background has SIGINT ignored, and children inherit that
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-
-
-def until(condition: Callable[[], Any], what: str, process: subprocess.Popen[str] | None = None) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert process is None or process.poll() is None, f"ended before {what}: {process.communicate()[0]}"
-        assert time.monotonic() < deadline, f"waited in vain until {what}"
-        time.sleep(0.01)
-
-
-def children(pid: int) -> set[int]:
-    found = set()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            if stat.read_text().rpartition(")")[2].split()[1] == str(pid):
-                found.add(int(stat.parent.name))
-    return found
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs; one that ended and waits for being noticed does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def results(out: Path) -> dict[str, dict[str, Any]]:
-    """Everything in the result files but what was timed."""
-    found = {}
-    for path in sorted(out.glob("runs/*/*/result.json")):
-        content = json.loads(path.read_text())
-        del content["cost"]
-        found[str(path.relative_to(out))] = content
-    return found
 
 
 def snapshot(out: Path) -> dict[str, tuple[int, bytes]]:
@@ -236,7 +178,7 @@ def test_killed_again_and_again_the_same_command_ends_with_the_same_tables(origi
         ("baselines are finished and methods on their way", lambda _: finished_runs() and checkpoints()),
     ]
     for what, moment in moments:
-        with started(out, *options) as process:
+        with started(TINY, out, *options) as process:
             until(lambda: moment(process), what, process)  # noqa: B023
             workers = children(process.pid)
             process.send_signal(signal.SIGKILL)
@@ -259,7 +201,7 @@ def test_killed_again_and_again_the_same_command_ends_with_the_same_tables(origi
 @linux
 def test_while_one_process_works_in_a_directory_another_one_is_sent_away(tmp_path):
     out = tmp_path / "out"
-    with started(out, "--methods", "gd", "--seeds", "1", "--epochs", "400") as process:
+    with started(TINY, out, "--methods", "gd", "--seeds", "1", "--epochs", "400") as process:
         until(lambda: list(out.glob("runs/*/*")), "runs start", process)
         before = (out / "comparison.json").read_bytes()
         second = run("compare", TINY, "--methods", "mgda", "--seeds", "2", "--epochs", "400", "--out", out)
@@ -273,7 +215,7 @@ def test_while_one_process_works_in_a_directory_another_one_is_sent_away(tmp_pat
 def test_interrupting_with_control_c_ends_quickly_without_tracebacks_and_can_be_continued(tmp_path):
     out = tmp_path / "out"
     options = ("--methods", "gd", "--seeds", "6", "--epochs", "60")  # takes a minute
-    with started(out, *options) as process:
+    with started(TINY, out, *options) as process:
         until(lambda: list(out.glob("runs/*/*/checkpoint.pt")), "a checkpoint is there", process)
         workers = children(process.pid)
         os.killpg(process.pid, signal.SIGINT)  # what a terminal sends

@@ -40,6 +40,7 @@ except ImportError as error:
         f"the detente command needs {error.name}, which is not installed. Run: pip install 'detente[compare]'"
     ) from error
 
+from detente.benchmark.launch import check_launcher, run_launched
 from detente.benchmark.problem import Problem, list_problems, load_problem
 from detente.benchmark.runner import Event, jobs_of, prepare, run_jobs
 from detente.benchmark.specs import Spec, parse_methods
@@ -158,11 +159,16 @@ def compare(
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the comparison. Default: runs/PROBLEM.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes, one thread each. Default: 2.")] = None,
+    launch: Annotated[
+        str | None, typer.Option(help="torchrun: every run on several processes, which divide its batches.")
+    ] = None,
+    nproc_per_node: Annotated[int | None, typer.Option(min=2, help="With --launch: how many processes.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with problem, methods, seeds, settings.")] = None,
 ) -> None:
     """Train single-task baselines and every method, and say whether resolving conflicts helps.
 
-    Equal weights (gd) and the single-task baselines always take part. Interrupted? The same command continues.
+    Equal weights (gd) and the single-task baselines always take part. Interrupted? The same command continues, and may
+    do so on another number of processes.
     """
     written = _read_yaml(config) if config else {}
     source = problem or written.get("problem")
@@ -178,11 +184,12 @@ def compare(
         raise ValueError(f"problem {loaded.name!r} runs a fixed set of starts; leave out seeds.")
     count = _positive("seeds", seeds or written.get("seeds", loaded.module.settings.get("seeds", 3)), whole=True)
     processes = _positive("jobs", jobs or written.get("jobs", 2), whole=True)
+    divided = _divided(loaded, settings, launch, nproc_per_node, jobs or written.get("jobs"))
     root = out or Path(written.get("out", f"runs/{loaded.name}"))
     command = "detente " + shlex.join(sys.argv[1:])
     started = time.monotonic()
     try:
-        failures = _compare(loaded, specs, range(int(count)), settings, root, int(processes), command)
+        failures = _compare(loaded, specs, range(int(count)), settings, root, int(processes), divided, command)
     except KeyboardInterrupt:
         console.print("Interrupted. The same command goes on where this one stopped.")
         sys.stdout.flush()
@@ -197,8 +204,38 @@ def compare(
         raise typer.Exit(1)
 
 
+def _divided(
+    problem: Problem, settings: dict[str, Any], launch: str | None, processes: int | None, jobs: int | None
+) -> int | None:
+    """Processes that take every run together; None where a run has one."""
+    if launch is None:
+        if processes is not None:
+            raise ValueError("--nproc-per-node goes with --launch torchrun; add it, or leave both out.")
+        return None
+    check_launcher(launch)
+    if processes is None:
+        raise ValueError("--launch torchrun: on how many processes? Add --nproc-per-node 2, or more.")
+    if jobs not in (None, 1):
+        raise ValueError(f"with --launch one run follows the other: leave out jobs, which is {jobs}.")
+    if problem.whole:
+        raise ValueError(f"problem {problem.name!r} has no batches that could be divided; leave out --launch.")
+    if processes > settings["batch_size"]:
+        raise ValueError(
+            f"--nproc-per-node is {processes}, but a batch has {settings['batch_size']} samples, and every process "
+            "needs one. Lower it, or raise --batch-size."
+        )
+    return processes
+
+
 def _compare(
-    problem: Problem, specs: list[Spec], seeds: range, settings: dict[str, Any], root: Path, jobs: int, command: str
+    problem: Problem,
+    specs: list[Spec],
+    seeds: range,
+    settings: dict[str, Any],
+    root: Path,
+    jobs: int,
+    divided: int | None,
+    command: str,
 ) -> dict[str, str]:
     if hasattr(problem.module, "check"):
         problem.module.check(specs)
@@ -220,6 +257,8 @@ def _compare(
             if problem.whole:
                 problem.whole(specs, settings, root, monitor)
                 return {}
+            if divided:
+                return run_launched(todo, root, divided, monitor)
             return run_jobs(todo, root, jobs, monitor)
 
 

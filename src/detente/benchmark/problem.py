@@ -16,6 +16,8 @@ A problem is a module with these names::
 and optionally::
 
     def make_optimizer(model, settings):   # default: torch.optim.Adam(model.parameters(), lr=settings["lr"])
+    def counts(batch, tasks):              # samples behind each loss, {task: number}, where not all samples are
+                                           # labelled for all tasks; `losses` is not asked for a task that has none
     target = {"left": {"accuracy": 0.9}}   # training ends once every figure has been reached on the validation split;
                                            # a task may declare a metric "epochs": how many that took
     def summary(results):                  # rich tables to print below the others; results: the runs' result.json
@@ -24,6 +26,10 @@ and optionally::
     def report(results, directory):        # draw figures into directory/figures, which the report shows
 
 Draw random numbers from the global generators of torch, numpy or random: they are seeded for every run, and saved.
+With --launch every process computes the losses of its part of a batch. They are put together as means over samples, so
+`losses` must return such means; `counts` weights them. BatchNorm1d, 2d and 3d take their statistics from the whole
+batch (torch.nn.functional.batch_norm does not). What is drawn in `losses`, in the model (dropout) or in a dataset is
+drawn by each process for its own samples, so that these draws depend on the number of processes.
 Trunks with BatchNorm or LayerNorm can be trained by connection strength, which gives every task its own norms.
 """
 
@@ -108,7 +114,27 @@ class Problem:
         return optimizer
 
     def losses(self, model: nn.Module, batch: Any, tasks: tuple[str, ...]) -> dict[str, Tensor]:
-        return dict(self.module.losses(model, batch, tasks))
+        losses = dict(self.module.losses(model, batch, tasks))
+        more = [task for task in losses if task not in tasks]
+        if more:
+            raise ValueError(
+                f"problem {self.name!r}: losses() was asked for {list(tasks)} and also gave {more[0]!r}. Return the "
+                "losses of the named tasks alone."
+            )
+        return losses
+
+    def counts(self, batch: Any, tasks: tuple[str, ...], samples: int) -> dict[str, float]:
+        """Samples behind the loss of each task; ``samples``, where the problem does not say."""
+        declared = getattr(self.module, "counts", None)
+        if declared is None:
+            return dict.fromkeys(tasks, samples)
+        found = declared(batch, tasks)
+        missing = [task for task in tasks if task not in found]
+        if missing:
+            raise ValueError(
+                f"problem {self.name!r}: counts() says nothing about task {missing[0]!r}; it returned {dict(found)}."
+            )
+        return {task: float(found[task]) for task in tasks}
 
     def metrics(self, model: nn.Module, data: Dataset[Any], tasks: tuple[str, ...]) -> dict[str, dict[str, float]]:
         """Figures of the tasks; every declared metric, checked."""

@@ -29,9 +29,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, TensorDataset
 
 import detente
+from detente.benchmark.division import Division
 from detente.benchmark.files import describe, read_checkpoint, write_checkpoint, write_json
 from detente.benchmark.memory import PeakMemory
 from detente.benchmark.problem import Problem, load_problem
@@ -44,7 +45,7 @@ from detente.methods import DTP, AutoLambda
 from detente.nn import active_task, convert_task_norm
 from detente.step import step
 
-__all__ = ["Event", "Job", "Progress", "jobs_of", "prepare", "run_jobs"]
+__all__ = ["Event", "Job", "Progress", "jobs_of", "prepare", "run_jobs", "unfinished", "work"]
 
 
 @dataclass(frozen=True)
@@ -156,39 +157,69 @@ def _loaded(source: str) -> tuple[Problem, dict[str, Dataset[Any]]]:
     return problem, problem.make_data()
 
 
-def _batches(data: Dataset[Any], size: int, generator: torch.Generator) -> DataLoader[Any]:
+class _Parts(Sampler[Sequence[int]]):
+    """Batches of shuffled samples, of each the part that this process computes."""
+
+    def __init__(self, data: Dataset[Any], size: int, generator: torch.Generator, division: Division) -> None:
+        sampler = RandomSampler(data, generator=generator)  # type: ignore[arg-type]
+        self.batches = BatchSampler(sampler, size, drop_last=True)
+        self.division = division
+
+    def __iter__(self) -> Iterator[Sequence[int]]:
+        return map(self.division.part, self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def _batches(data: Dataset[Any], size: int, generator: torch.Generator, division: Division) -> DataLoader[Any]:
     if len(data) < size:  # type: ignore[arg-type]
         raise ValueError(
             f"batch_size is {size} but the training split has {len(data)} samples. "  # type: ignore[arg-type]
             "Lower batch_size."
         )
-    sampler = RandomSampler(data, generator=generator)  # type: ignore[arg-type]
+    parts = _Parts(data, size, generator, division)
     if isinstance(data, TensorDataset):  # one index operation per batch instead of one per sample
-        return DataLoader(data, sampler=BatchSampler(sampler, size, drop_last=True), batch_size=None)
-    return DataLoader(data, batch_size=size, sampler=sampler, drop_last=True)
+        return DataLoader(data, sampler=parts, batch_size=None)
+    return DataLoader(data, batch_sampler=parts)  # type: ignore[arg-type]
 
 
 class _Log:
     """Figures of the running epoch: mean losses, weights, norms and cosines."""
 
-    def __init__(self, tasks: Sequence[str]) -> None:
+    def __init__(self, tasks: Sequence[str], division: Division) -> None:
         self.tasks = tasks
-        self.losses: dict[str, Tensor] = {t: torch.zeros((), dtype=torch.float64) for t in tasks}
+        self.division = division
+        self.losses: list[list[float]] = []  # of every step and task, of this process's samples
+        self.counts: list[list[float]] = []
         self.weights: dict[str, Tensor] = {t: torch.zeros((), dtype=torch.float64) for t in tasks}
-        self.steps = 0
         self.gramians: list[Tensor] = []
 
-    def loss(self, losses: Mapping[str, Tensor]) -> None:
-        for task, loss in losses.items():
-            self.losses[task] += loss.detach().double()
+    @property
+    def steps(self) -> int:
+        return len(self.losses)
+
+    def step(self) -> None:
+        """The next losses are those of a new step."""
+        self.losses.append([math.nan] * len(self.tasks))
+        self.counts.append([0.0] * len(self.tasks))
+
+    def loss(self, losses: Mapping[str, Tensor], counts: Mapping[str, float]) -> None:
+        """Note losses; some methods compute them several times per step, and the first time counts."""
+        for t, task in enumerate(self.tasks):
+            if task in losses and not self.counts[-1][t]:
+                self.losses[-1][t], self.counts[-1][t] = float(losses[task].detach()), counts[task]
 
     def row(self, epoch: int) -> dict[str, Any]:
-        steps = max(self.steps, 1)
+        given = (torch.tensor(v, dtype=torch.float64) for v in (self.losses, self.counts))
+        losses, counts = self.division.means(*given)
+        there = counts > 0
+        means = torch.where(there, losses, 0.0).sum(0) / there.sum(0).clamp_min(1)
         entry: dict[str, Any] = {
             "epoch": epoch,
             "steps": self.steps,
-            "loss": {t: float(v) / steps for t, v in self.losses.items()},
-            "weights": {t: float(v) / steps for t, v in self.weights.items()},
+            "loss": dict(zip(self.tasks, means.tolist(), strict=True)),
+            "weights": {t: float(v) / self.steps for t, v in self.weights.items()},
             "norms": None,
             "cosine": None,
             "conflict_rate": None,
@@ -236,6 +267,12 @@ def _evaluate(
         model.train(was_training)
 
 
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    random.seed(seed)
+
+
 def _random_state() -> dict[str, Any]:
     name, keys, *rest = np.random.get_state()  # noqa: NPY002
     assert isinstance(keys, np.ndarray)
@@ -259,14 +296,16 @@ class _Training:
         self.job = job
         self.problem, self.data = _loaded(job.problem)
         self.tasks = tuple(self.problem.tasks) if job.task is None else (job.task,)
-        torch.manual_seed(job.seed)
-        np.random.seed(job.seed)  # noqa: NPY002
-        random.seed(job.seed)
+        self.division = Division()
+        self.samples = len(self.division.part(range(job.settings["batch_size"])))
+        self.counts: dict[str, float] = {}  # samples behind the losses computed last
+        _seed(job.seed)
         self.model = self.problem.make_model(self.tasks)
         self.spec = Spec.parse("gd" if job.task is not None else job.label)
         self.per_task = "model" in method_class(self.spec.method).needs
         if self.per_task:
             convert_task_norm(self.model, self.tasks)
+        self.division.join(self.model)
         self.method: Method = self.spec.build(self.model, job.settings["epochs"], job.seed)
         self.optimizer = self.problem.make_optimizer(self.model, job.settings)
         self.generator = torch.Generator().manual_seed(job.seed)
@@ -277,7 +316,6 @@ class _Training:
         self.peak_mb = 0.0
         self.first_figures: dict[str, dict[str, float]] = {}
         self.diverged: dict[str, Any] | None = None
-        self._probing = False
         # Auto-Lambda looks at a second shuffled pass of the training data
         self.second = torch.Generator().manual_seed(job.seed + 1)
         self._second_pass: Iterator[Any] = iter(())
@@ -317,56 +355,77 @@ class _Training:
     def epoch(self) -> int:
         return len(self.history)
 
-    def _closure(self, batch: Any, log: _Log) -> Callable[..., dict[str, Tensor]]:
-        seen: set[str] = set()  # some methods compute losses several times per step; the first time counts
+    def _losses(self, model: nn.Module, batch: Any, tasks: tuple[str, ...]) -> dict[str, Tensor]:
+        """Losses of the tasks that have samples in this process's part of a batch."""
+        self.counts.update(self.problem.counts(batch, tasks, self.samples))
+        present = tuple(task for task in tasks if self.counts[task])
+        self.division.check(present, tasks)
+        losses: dict[str, Tensor] = {}
+        if self.per_task:
+            for task in present:
+                with active_task(task):
+                    losses.update(self.problem.losses(model, batch, (task,)))
+        elif present:
+            losses = self.problem.losses(model, batch, present)
+        if self.division.joint_norms and set(losses) != set(present):
+            raise ValueError(
+                f"losses() was asked for {list(present)} and gave {list(losses)}. For BatchNorm on several processes "
+                "let the problem say by counts(batch, tasks) which tasks have samples in a batch."
+            )
+        return losses
+
+    def _closure(self, batch: Any, log: _Log, probing: bool) -> Callable[..., dict[str, Tensor]]:
+        unseen = True
 
         def closure(tasks: tuple[str, ...] | None = None) -> dict[str, Tensor]:
-            wanted = tasks or self.tasks
-            losses: dict[str, Tensor] = {}
-            if self.per_task:
-                for task in wanted:
-                    with active_task(task):
-                        losses.update(self.problem.losses(self.model, batch, (task,)))
-            else:
-                losses = self.problem.losses(self.model, batch, wanted)
-            log.loss({task: loss for task, loss in losses.items() if task not in seen})
-            if self._probing and len(losses) > 1 and not seen:
-                gramian = task_gramian(losses)
-                if gramian is not None:
+            nonlocal unseen
+            wanted = self.tasks if tasks is None else tasks
+            losses = self._losses(self.model, batch, wanted)
+            log.loss(losses, self.counts)
+            if probing and unseen and len(wanted) > 1:
+                gramian = task_gramian(losses, counts=self.counts, parameters=self.model.parameters())
+                if gramian is not None and len(gramian) == len(self.tasks):
                     log.gramians.append(gramian)
-            seen.update(losses)
+            unseen = False
             return losses
 
         return closure
 
     def _second_losses(self, tasks: tuple[str, ...] | None = None) -> dict[str, Tensor]:
-        return self.problem.losses(self.model, next(self._second_pass), tasks or self.tasks)
+        return self._losses(self.model, next(self._second_pass), self.tasks if tasks is None else tasks)
+
+    def _batches(self, generator: torch.Generator) -> DataLoader[Any]:
+        return _batches(self.data["train"], self.job.settings["batch_size"], generator, self.division)
 
     def warm_up(self) -> None:
         """One backward pass on a copy, so that one-time allocations of the libraries do not count as the job's."""
         before = _random_state()
-        batch = next(iter(_batches(self.data["train"], self.job.settings["batch_size"], torch.Generator())))
+        batch = next(iter(self._batches(torch.Generator())))
         model = copy.deepcopy(self.model)
         for task in self.tasks:
             with active_task(task):
-                self.problem.losses(model, batch, (task,))[task].backward()  # type: ignore[no-untyped-call]
+                for loss in self._losses(model, batch, (task,)).values():
+                    loss.backward()  # type: ignore[no-untyped-call]
         _set_random_state(before)
 
     def run_epoch(self, progress: Callable[[float, str], None]) -> None:
         settings = self.job.settings
-        log = _Log(self.tasks)
-        loader = _batches(self.data["train"], settings["batch_size"], self.generator)
-        self._second_pass = iter(_batches(self.data["train"], settings["batch_size"], self.second))
+        log = _Log(self.tasks, self.division)
+        own = self.division.seed()
+        if own is not None:
+            _seed(own)
+        loader = self._batches(self.generator)
+        self._second_pass = iter(self._batches(self.second))
         count = len(loader)
         self.model.train()
         said = time.monotonic()
         for k, batch in enumerate(loader):
-            self._probing = k % settings["probe_every"] == 0
+            probing = k % settings["probe_every"] == 0
+            log.step()
             start = time.process_time()
-            update = step(self._closure(batch, log), self.optimizer, self.method)
-            if not self._probing:
+            update = step(self._closure(batch, log, probing), self.optimizer, self.method, counts=self.counts)
+            if not probing:
                 self.step_times.append(1000 * (time.process_time() - start))
-            log.steps += 1
             for task, weight in update.weights.items():
                 log.weights[task] += weight.double().mean()
             if time.monotonic() - said > 0.5:
@@ -379,18 +438,23 @@ class _Training:
             raise FloatingPointError(f"the loss of task {bad[0]!r} is not finite in epoch {self.epoch + 1}")
         if "metrics" in self.method.needs:
             self._observe_metrics()
-        row["val"] = _evaluate(self.problem, self.model, self.data["val"], self.tasks, self.per_task)
+        row["val"] = self._figures("val")
         self.history.append(row)
         self._reach(row["val"])
         score = _score(self.problem, row["val"])
         if score > self.best["score"] or not self.best["metrics"]:
-            test = _evaluate(self.problem, self.model, self.data["test"], self.tasks, self.per_task)
+            test = self._figures("test")
             self.best = {"score": score if math.isfinite(score) else -math.inf, "epoch": self.epoch, "metrics": test}
         self.step_times = self.step_times[-2000:]
 
+    def _figures(self, split: str) -> dict[str, dict[str, float]]:
+        return self.division.agreed(
+            lambda: _evaluate(self.problem, self.model, self.data[split], self.tasks, self.per_task)
+        )
+
     def _observe_metrics(self) -> None:
         """Report each task's first figure on the TRAINING data, brought into (0, 1), to the method."""
-        figures = _evaluate(self.problem, self.model, self.data["train"], self.tasks, self.per_task)
+        figures = self._figures("train")
         self.first_figures = self.first_figures or figures
         report = {}
         for task in self.tasks:
@@ -463,8 +527,10 @@ def _run(job: Job, root: Path, progress: Progress) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     checkpoint = directory / "checkpoint.pt"
     training = _Training(job)
-    if checkpoint.exists():
+    division = training.division
+    if division.agreed(checkpoint.exists):
         training.load(checkpoint)
+    division.wait()  # until all have read it: process 0 may be about to delete it
 
     def say(fraction: float, text: str) -> None:
         progress(Event(job.name, job.seed, fraction, text))
@@ -480,10 +546,12 @@ def _run(job: Job, root: Path, progress: Progress) -> None:
                 training.diverge(error)
                 break
             # an epoch may take milliseconds; losing two seconds of work is cheaper than writing each
-            if time.monotonic() - saved > 2:
+            if division.first and time.monotonic() - saved > 2:
                 training.save(checkpoint)
                 saved = time.monotonic()
             say(training.epoch / job.settings["epochs"], training._line())
+    if not division.first:
+        return
     training.peak_mb = max(training.peak_mb, memory.peak_mb)
     write_json(directory / "result.json", training.result())
     for leftover in (checkpoint, directory / "error.txt"):
@@ -513,14 +581,29 @@ def _start_worker(queue: Any) -> None:
 
 
 def _work(job: Job, root: Path) -> str | None:
-    """Run a job in a worker; the error's text if it failed."""
+    return work(job, root, _queue.put)
+
+
+def work(job: Job, root: Path, progress: Progress) -> str | None:
+    """Run a job; the error's text if it failed."""
     try:
-        _run(job, root, _queue.put)
+        _run(job, root, progress)
     except Exception as error:
         trace = traceback.format_exc()
         (job.directory(root) / "error.txt").write_text(trace)
         return ": ".join([type(error).__name__, *([str(error)] if str(error) else [])])
     return None
+
+
+def unfinished(jobs: Sequence[Job], root: Path, progress: Progress) -> list[Job]:
+    """The jobs without a result, in order; the others are reported as finished before."""
+    pending = []
+    for job in jobs:
+        if (job.directory(root) / "result.json").exists():
+            progress(Event(job.name, job.seed, 1.0, "finished before"))
+        else:
+            pending.append(job)
+    return pending
 
 
 def run_jobs(jobs: Sequence[Job], root: Path, processes: int, progress: Progress) -> dict[str, str]:
@@ -529,12 +612,7 @@ def run_jobs(jobs: Sequence[Job], root: Path, processes: int, progress: Progress
     Returns:
         Errors by job, ``{"cagrad seed 0": "..."}``; the other jobs have finished.
     """
-    pending = []
-    for job in jobs:
-        if (job.directory(root) / "result.json").exists():
-            progress(Event(job.name, job.seed, 1.0, "finished before"))
-        else:
-            pending.append(job)
+    pending = unfinished(jobs, root, progress)
     errors: dict[str, str] = {}
     if not pending:
         return errors
