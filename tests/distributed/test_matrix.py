@@ -1,28 +1,37 @@
-"""The same update on one process and on many; see matrix.py, which prints the whole table."""
+"""The same update on one process and on many: a part of the matrix that matrix.py prints as a whole."""
 
 from __future__ import annotations
 
 import pytest
 
-from distributed.matrix import DTYPES, KINDS, METHODS, REPLICATED, SHARDED, matrix, missed, refused, shown
+from distributed.matrix import KINDS, METHODS, MIXED, matrix, missed, shown
 
 NAMED = ("gd", "cagrad", "pcgrad", "wpcgrad", "cdtt", "strength 1", "strength 2", "nash_mtl", "famo", "gradnorm")
-# four processes share two cores here, so that they take what two do not show
-CELLS = {
-    2: [(setup, tuple(METHODS) if setup in ("bare", "fsdp2", "tp") else NAMED) for setup in (*REPLICATED, *SHARDED)],
-    4: [("bare", NAMED), ("hsdp", NAMED), ("fsdp2 x tp", NAMED)],
-}
+FEW = ("cagrad", "strength 1", "strength 2")
+SOME = ("cagrad", "pcgrad", "uw")
+# processes, set-up, methods, divisions of the batch; four processes share two cores here
+PARTS = [
+    (2, "bare", tuple(METHODS), KINDS),
+    (2, "ddp", NAMED, KINDS),
+    (2, "ddp, find_unused", FEW, ("missing",)),
+    (2, "ddp, static_graph", FEW, ("missing",)),
+    (2, "ddp, bucket_view", FEW, ("missing",)),
+    (2, "ddp, compiled", SOME, ("even", "missing")),
+    (2, "amp, float16", SOME, ("uneven",)),
+    (2, "amp, bfloat16", SOME, ("missing",)),
+    (2, "fsdp2", NAMED, KINDS),
+    (2, "fsdp2, resharding", FEW, ("missing",)),
+    (2, "tp", NAMED, ("even",)),
+    (4, "bare", NAMED, ("missing",)),
+    (4, "hsdp", FEW, ("missing",)),
+    (4, "fsdp2 x tp", FEW, ("missing",)),
+]
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(
-    ("size", "setup"),
-    [(s, setup) for s in CELLS for setup, _ in CELLS[s] if any(not refused(setup, m, "even", s) for m in METHODS)],
-)
-def test_the_update_is_that_of_one_process(size, setup):
-    methods = dict(CELLS[size])[setup]
-    kinds = KINDS if size == 2 else ("uneven", "missing")
-    dtypes = tuple(DTYPES) if size == 2 and setup in ("bare", "fsdp2") else ("float64",)
+@pytest.mark.parametrize(("size", "setup", "methods", "kinds"), PARTS, ids=[f"{n} {setup}" for n, setup, *_ in PARTS])
+def test_the_update_is_that_of_one_process(size, setup, methods, kinds):
+    dtypes = ("float32",) if setup in MIXED else ("float64", "float32") if setup == "ddp" else ("float64",)
     rows = matrix(size, [setup], methods, kinds, dtypes)
-    assert len(rows) >= len(NAMED)
+    assert len(rows) >= len(kinds) * 2
     assert not missed(rows), shown(rows)
