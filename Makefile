@@ -1,4 +1,5 @@
 # make demo: compare the methods on real digits.  make test: run all tests.  Both need only Python 3.10 to 3.13.
+# make test-long: the matrix of set-ups on several processes, which CI runs too.
 # make bench: set detente beside its peers, in an environment of its own (see benchmarks/README.md).
 PYTHON ?= python3
 BIN := .venv/bin
@@ -7,13 +8,16 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # two threads under contention are many times slower than one
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test lint bench bench-agreement bench-solvers bench-steps bench-memory bench-distributed clean
+.PHONY: demo test test-long lint bench bench-agreement bench-solvers bench-steps bench-memory bench-distributed clean
 
 demo: .venv/compare
 	$(BIN)/detente compare digits --out runs/demo
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: .venv/dev
+	$(BIN)/python -m pytest -m long tests
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ PARTS = [
     (4, "hsdp", FEW, ("missing",)),
     (4, "fsdp2 x tp", FEW, ("missing",)),
 ]
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.mark.parametrize(("size", "setup", "methods", "kinds"), PARTS, ids=[f"{n} {setup}" for n, setup, *_ in PARTS])

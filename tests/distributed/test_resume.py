@@ -11,7 +11,7 @@ from distributed.matrix import launch
 
 STEPS, KILLED = 12, 6
 SCRIPT = Path(__file__).with_name("resume.py")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 def losses(folder: Path) -> list[list[float]]:
