@@ -287,6 +287,10 @@ def refused() -> dict[str, str]:
     for engine in ("lean", "batched"):
         net = network()
         found[engine] = raised(lambda net=net, e=engine: detente.backward(losses(net), detente.PCGrad(), engine=e))
+    table = nn.Embedding(5, 6, sparse=True).double()
+    h = network()["trunk"](torch.ones(2, 4, dtype=torch.float64))
+    mixed = {"a": h.square().mean(), "b": (h * table(torch.tensor([0, 3]))).mean()}
+    found["sparse"] = raised(lambda: detente.backward(mixed, detente.PCGrad()))
     sharded = network()
     fully_shard(sharded["trunk"])
     found["half FSDP2"] = raised(lambda: detente.backward(losses(sharded), detente.PCGrad()))

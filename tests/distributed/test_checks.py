@@ -97,6 +97,7 @@ def test_what_is_refused():
         assert "Use DistributedDataParallel" in found[engine]
     for engine in ("lean", "batched"):
         assert "Use engine='auto'" in found[engine]
+    assert "sparse=False" in found["sparse"]
     assert "outside of fully_shard" in found["half FSDP2"]
     assert "Use source='parameters'" in found["FSDP2, features"]
     assert "rewrites the task gradients as a whole" in found["FSDP2, rows"]

@@ -81,6 +81,12 @@ class Processes:
                 ``parameters`` does not say which are which; or another process has failed.
         """
         with self.failing_together():
+            for task, loss in losses.items():
+                if hasattr(loss, "full_tensor"):
+                    raise TypeError(
+                        f"losses[{task!r}] is a distributed tensor, of which this process has a part. Pass "
+                        "loss.full_tensor()."
+                    )
             mine = _counts(losses, counts)
             found = self._reach(losses, shared)
             signature = [1 if counts is None else 2, _digest(list(losses)), _digest(_layout(found))]
@@ -286,6 +292,11 @@ class Processes:
         """Sums over the processes, as new tensors."""
         kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for k, tensor in enumerate(tensors):
+            if tensor.layout != torch.strided:
+                raise ValueError(
+                    f"a parameter of shape {tuple(tensor.shape)} has a sparse gradient, which is not summed over "
+                    "processes. Build the embedding with sparse=False."
+                )
             kinds.setdefault((tensor.dtype.to_real(), tensor.device), []).append(k)
         result = list(tensors)
         waiting = []
