@@ -266,8 +266,9 @@ class Step:
             if m:
                 found = self._same(named, found)
             tensors = list(named.values())
-            marked = [replace(row, add=m > 0, more=m < self.micro_batches - 1) for row in rows]
-            for r, (row, last) in enumerate(zip(marked, done_with(found, rows), strict=True)):
+            if self.micro_batches > 1:
+                rows = [replace(row, add=m > 0, more=m < self.micro_batches - 1) for row in rows]
+            for r, (row, last) in enumerate(zip(rows, done_with(found, rows), strict=True)):
                 heads += take(jacobian, r, row, tensors, found, method.heads, kept, self.among, last=last)
             values = _values(tensors) if m == 0 else values + _values(tensors)
         return (heads if self.among is None else self.among.heads(_added(heads))), values

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import detente
 from detente.engine.graph import reach
 
 
@@ -145,3 +146,40 @@ def test_what_is_not_a_leaf_that_requires_grad_is_refused(wrong):
     p = leaf()
     with pytest.raises(ValueError, match=r"shared\[1\] must be a parameter.*trunk\.parameters"):
         reach([p * 2, p * 3], shared=[p, wrong])
+
+
+def test_a_model_that_was_compiled_as_a_whole_needs_its_shared_parameters_named():
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk = torch.nn.Linear(3, 4, dtype=torch.float64)
+            self.heads = torch.nn.ModuleList(torch.nn.Linear(4, 1, dtype=torch.float64) for _ in range(2))
+
+        def forward(self, x):
+            h = self.trunk(x).tanh()
+            return [head(h) for head in self.heads]
+
+    def losses(model, x):
+        first, second = model(x)
+        return {"a": first.square().mean(), "b": (3 - second).square().mean()}
+
+    torch.manual_seed(0)
+    net, twin, x = Model(), Model(), torch.randn(5, 3, dtype=torch.float64)
+    twin.load_state_dict(net.state_dict())
+    compiled = torch.compile(net, backend="aot_eager")  # as other backends up to the code that they generate
+    with pytest.raises(ValueError, match=r"compiled as a whole.*shared=model\.trunk\.parameters\(\)"):
+        detente.backward(losses(compiled, x), detente.CAGrad())
+    assert all(p.grad is None for p in net.parameters())
+    detente.backward(losses(compiled, x), detente.CAGrad(), shared=net.trunk.parameters())
+    detente.backward(losses(twin, x), detente.CAGrad())
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-14)
+
+    net.zero_grad()
+    trunk = torch.compile(net.trunk, backend="aot_eager")
+    h = trunk(x).tanh()
+    detente.backward(
+        {"a": net.heads[0](h).square().mean(), "b": (3 - net.heads[1](h)).square().mean()}, detente.CAGrad()
+    )
+    for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-14)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
@@ -46,17 +47,22 @@ class Reach:
         return len(self.leaves) == len(self.shared) + sum(map(len, self.own))
 
 
-def feeds(node: Node) -> list[tuple[Node | None, int]]:
+def feeds(node: Node) -> Edges:
     """What a node takes its values from, each with the number of the output.
 
     Seen through the node that DistributedDataParallel puts behind all outputs of a model, which would make every loss
     depend on everything.
     """
-    return [(child, number) if type(child).__name__ != SINK else _behind(child, number) for child, number in
-            node.next_functions]  # fmt: skip
+    edges: Edges = node.next_functions
+    for child, _ in edges:
+        if type(child).__name__ == SINK:
+            return tuple(_behind(child, number) for child, number in edges)
+    return edges
 
 
+Edges = tuple[tuple[Node | None, int], ...]
 SINK = "_DDPSinkBackward"
+_COMPILED = "CompiledFunctionBackward"
 
 
 def _behind(child: Node | None, number: int) -> tuple[Node | None, int]:
@@ -66,12 +72,16 @@ def _behind(child: Node | None, number: int) -> tuple[Node | None, int]:
     return child, number
 
 
+def _start(loss: Tensor) -> tuple[Node, int]:
+    edge = get_gradient_edge(loss)
+    node, number = _behind(edge.node, edge.output_nr)
+    assert node is not None
+    return node, number
+
+
 def root(loss: Tensor) -> Node:
     """The node that computed a loss."""
-    edge = get_gradient_edge(loss)
-    node, _ = _behind(edge.node, edge.output_nr)
-    assert node is not None
-    return node
+    return _start(loss)[0]
 
 
 def users(nodes: Iterable[Node]) -> dict[Node, list[Node]]:
@@ -215,19 +225,28 @@ def _walk(losses: Sequence[Tensor]) -> tuple[dict[Node, int], bool]:
 
     And whether a compiled node has outputs that different losses reach: it hides which of them needs what.
     """
-    roots: dict[Node, int] = {}
-    compiled: dict[Node, dict[int, int]] = {}
-    for t, loss in enumerate(losses):
-        edge = get_gradient_edge(loss)
-        node, number = _behind(edge.node, edge.output_nr)
-        assert node is not None
-        roots[node] = roots.get(node, 0) | 1 << t
-        if type(node).__name__ == _COMPILED:
-            compiled.setdefault(node, {}).setdefault(number, 0)
-            compiled[node][number] |= 1 << t
+    starts = [_start(loss) for loss in losses]
+    edges: Callable[[Node], Edges] = attrgetter("next_functions")
+    order = _ordered(starts, edges)
+    kinds = {type(node).__name__ for node in order}
+    if SINK in kinds:
+        edges = feeds
+        order = _ordered(starts, edges)
+    masks = dict.fromkeys(order, 0)
+    for t, (node, _) in enumerate(starts):
+        masks[node] |= 1 << t
+    for node in reversed(order):
+        mask = masks[node]
+        for child, _ in edges(node):
+            if child is not None:
+                masks[child] |= mask
+    return masks, _COMPILED in kinds and _hides(masks, starts)
+
+
+def _ordered(starts: Sequence[tuple[Node, int]], edges: Callable[[Node], Edges]) -> list[Node]:
     order: list[Node] = []
     seen: set[Node] = set()
-    for start in roots:
+    for start in dict(starts):
         stack: list[tuple[Node, bool]] = [(start, False)]
         while stack:
             node, done = stack.pop()
@@ -236,17 +255,16 @@ def _walk(losses: Sequence[Tensor]) -> tuple[dict[Node, int], bool]:
             elif node not in seen:
                 seen.add(node)
                 stack.append((node, True))
-                stack.extend((child, False) for child, _ in feeds(node) if child is not None)
-    masks = dict.fromkeys(order, 0) | roots
-    for node in reversed(order):
-        mask = masks[node]
-        for child, number in feeds(node):
-            if child is not None:
-                masks[child] |= mask
-                if type(child).__name__ == _COMPILED:
-                    outputs = compiled.setdefault(child, {})
-                    outputs[number] = outputs.get(number, 0) | mask
-    return masks, any(len(set(outputs.values())) > 1 for outputs in compiled.values())
+                stack.extend((child, False) for child, _ in edges(node) if child is not None)
+    return order
 
 
-_COMPILED = "CompiledFunctionBackward"
+def _hides(masks: Mapping[Node, int], starts: Sequence[tuple[Node, int]]) -> bool:
+    """Whether different losses reach different outputs of one compiled node."""
+    reached: dict[tuple[Node, int], int] = {}
+    uses = [(edge, 1 << t) for t, edge in enumerate(starts)]
+    uses += [((child, number), mask) for node, mask in masks.items() for child, number in feeds(node) if child]
+    for (node, number), mask in uses:
+        if type(node).__name__ == _COMPILED:
+            reached[node, number] = reached.get((node, number), 0) | mask
+    return any(mask != masks[node] for (node, _), mask in reached.items())
