@@ -328,6 +328,32 @@ def accumulation() -> dict[str, list[float]]:
 
 
 @check
+def shared_by_name_under_fsdp() -> dict[str, Any]:
+    """``shared`` may list what the optimizer knows, before or after the forward pass; a parameter of one task too."""
+    from torch.distributed.fsdp import fully_shard
+
+    found: dict[str, Any] = {}
+    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    for name, options in {"before": {}, "resharded": {"reshard_after_forward": True}}.items():
+        net, wanted = network(), network()
+        for part in (net["trunk"], net["a"], net["b"]):
+            fully_shard(part, **options)
+        sharded = list(net.parameters())  # after the forward pass the model has others
+        shared = [*net["trunk"].parameters(), net["a"].weight]
+        detente.backward(losses(net, seed=0), detente.CAGrad(), shared=shared)
+        named = [*wanted["trunk"].parameters(), wanted["a"].weight]
+        detente.backward(losses(wanted, seed=0), detente.CAGrad(), shared=named, group=alone)
+        pairs = zip(sharded, wanted.parameters(), strict=True)
+        found[name] = everywhere(max(float((p.grad.full_tensor() - q.grad).norm()) for p, q in pairs))
+    source = detente.Every(2)
+    detente.backward(losses(net, seed=0), detente.CAGrad(), shared=shared, source=source)
+    found["Every"] = raised(
+        lambda: detente.backward(losses(net, seed=0), detente.CAGrad(), shared=shared, source=source)
+    )
+    return found
+
+
+@check
 def ordinary_backward_afterwards() -> dict[str, list[float]]:
     """DistributedDataParallel's own reduction still works in a later ordinary backward pass."""
     found = {}

@@ -111,3 +111,10 @@ def test_an_ordinary_backward_pass_afterwards_is_still_reduced():
 def test_micro_batches_on_several_processes():
     for off in result("accumulation").values():
         assert max(off) < 1e-14  # of parameters of about 1, in float64
+
+
+def test_shared_parameters_may_be_named_under_fsdp():
+    found = result("shared_by_name_under_fsdp")
+    assert max(found["before"]) < 1e-14  # of gradients of about 1, in float64
+    assert max(found["resharded"]) < 1e-14
+    assert "cannot tell where its gradient enters" in found["Every"]

@@ -138,13 +138,13 @@ class Processes:
             raise
 
     def _reach(self, losses: Mapping[str, Tensor], shared: Sequence[Tensor] | None) -> Reach:
-        found = reach(list(losses.values()), shared)
+        # loading PyTorch's tensors over meshes takes longer than all of the rest
+        from detente.engine.sharded import gathered, layout
+
+        found = reach(list(losses.values()), None if shared is None else gathered(shared))
         for p in found.leaves:
             _refuse_foreign(p)
         _take_over(losses, found)
-        # loading PyTorch's tensors over meshes takes longer than all of the rest
-        from detente.engine.sharded import layout
-
         spread = layout(found, self.size)
         if spread is None:
             return found

@@ -15,7 +15,7 @@ from detente.engine.graph import Reach
 from detente.engine.jacobian import Jacobian
 from detente.gramian import Partition
 
-__all__ = ["Layout", "layout"]
+__all__ = ["Layout", "gathered", "layout"]
 
 
 class Layout:
@@ -123,6 +123,12 @@ def layout(found: Reach, size: int) -> tuple[Layout, Reach] | None:
             ' "model")), and fully_shard the model over its data dimension; or pass group=.'
         )
     return Layout(groups), spread
+
+
+def gathered(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Parameters as the graph knows them, from those that the optimizer knows."""
+    known = {id(record.sharded_param): record._unsharded_param for _, record in _managed().values()}
+    return [known.get(id(p), p) for p in parameters]
 
 
 class _Parts(Jacobian):

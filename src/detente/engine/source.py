@@ -305,6 +305,12 @@ def mixed(
         coefficients: by which each task's gradient is multiplied where it enters the shared part of the graph.
         among: the processes that take the step together.
     """
+    for p, tasks in zip(found.shared, found.tasks, strict=True):
+        if len(tasks) == 1 and get_gradient_edge(p).node not in found.masks:
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} is listed in `shared`, reached by one task and spread by "
+                "fully_shard, so that detente.Every cannot tell where its gradient enters. Leave it out of `shared`."
+            )
     inner = {node for node, mask in found.masks.items() if mask & (mask - 1)}
     inner.update(get_gradient_edge(p).node for p in found.shared)
     hooks = []
