@@ -158,7 +158,8 @@ class _Session:
         return nullcontext() if self.among is None else self.among.failing_together()
 
     def _joined(self, losses: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Reach]:
-        return joined(losses, None, self.parameters, self.options.counts, self.among)
+        shared = None if self.options.shared is None else list(self.options.shared)
+        return joined(losses, shared, self.parameters, self.options.counts, self.among)
 
     def values(self) -> dict[str, float]:
         before = [torch.get_rng_state(), *_cuda_states()]

@@ -129,6 +129,8 @@ def refused(setup: str, method: str, kind: str, size: int) -> str | None:
         return "needs four processes"
     if setup in MIXED and method in ("famo", "strength 1", "auto_lambda", "sdmgrad"):
         return "more than one backward pass, which detente.step takes"
+    if setup in MIXED and size > 1 and method in ("graddrop", "pcgrad, channels"):
+        return "decides by the signs of few coordinates, which rounding to half precision turns"
     if setup == "ddp, compiled" and method.startswith("strength"):
         return "a forward pass per task"
     if setup == "ddp, compiled" and method in ("cagrad, features", "cagrad, Every(3)"):
