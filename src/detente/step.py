@@ -236,6 +236,11 @@ class _Session:
                 yield task, part, found
 
     def gradients(self, losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> list[Tensor | None]:
+        if self.among is not None and self.among.layout is not None:
+            raise RuntimeError(
+                f"{self.method.name} takes gradients between the optimizer's steps, which fully_shard and tensor "
+                "parallelism do not give. Use DistributedDataParallel for it."
+            )
         factors = [torch.full_like(loss, weights[task]) for task, loss in losses.items()]
         wanted = [p for p in self.parameters if p.requires_grad]
         taken: Sequence[Tensor | None] = torch.autograd.grad(list(losses.values()), wanted, factors, allow_unused=True)

@@ -296,6 +296,10 @@ def refused() -> dict[str, str]:
     found["half FSDP2"] = raised(lambda: detente.backward(losses(sharded), detente.PCGrad()))
     for part in (sharded["a"], sharded["b"]):
         fully_shard(part)
+    optimizer = torch.optim.SGD(sharded.parameters(), lr=0.1)
+    found["FSDP2, gradients"] = raised(
+        lambda: detente.step(lambda tasks=None: losses(sharded), optimizer, detente.AutoLambda())
+    )
     for name, options in {"features": {"source": "features"}, "rows": {}}.items():
         method = detente.PCGrad() if options else detente.GradDrop()
         found[f"FSDP2, {name}"] = raised(lambda o=options, m=method: detente.backward(losses(sharded), m, **o))

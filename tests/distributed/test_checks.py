@@ -101,6 +101,7 @@ def test_what_is_refused():
     assert "outside of fully_shard" in found["half FSDP2"]
     assert "Use source='parameters'" in found["FSDP2, features"]
     assert "rewrites the task gradients as a whole" in found["FSDP2, rows"]
+    assert "auto_lambda takes gradients between the optimizer's steps" in found["FSDP2, gradients"]
 
 
 def test_an_ordinary_backward_pass_afterwards_is_still_reduced():
