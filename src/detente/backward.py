@@ -103,7 +103,18 @@ def backward(
             f"{method.name} cannot work with one backward pass: {method.why_step()} "
             f"Use detente.step(closure, optimizer, method){method.without_step}."
         )
-    options = Options(shared, source, granularity, weighting, counts, scale, engine, storage, parameters, group)
+    options = Options(
+        shared=None if shared is None else listed(shared),
+        source=source,
+        granularity=granularity,
+        weighting=weighting,
+        counts=counts,
+        scale=scale,
+        engine=engine,
+        storage=storage,
+        parameters=None if parameters is None else list(parameters),
+        group=group,
+    )
     return run(losses, method, options)
 
 
@@ -111,7 +122,7 @@ def backward(
 class Options:
     """How a step is taken; see :func:`backward`."""
 
-    shared: Iterable[Tensor] | None = None
+    shared: list[Tensor] | None = None
     source: str | Sampled | Every = "parameters"
     granularity: str | None = None
     weighting: LossWeighting | None = None
@@ -119,7 +130,7 @@ class Options:
     scale: float = 1.0
     engine: str = "auto"
     storage: torch.dtype | None = None
-    parameters: Iterable[Tensor] | None = None
+    parameters: list[Tensor] | None = None
     group: ProcessGroup | None = None
 
     def check(self, method: Method) -> None:
@@ -200,8 +211,7 @@ def run(
         micro: compute the losses on further micro-batches, whose gradients are added to the first's.
     """
     options.check(method)
-    shared = None if options.shared is None else listed(options.shared)
-    parameters = None if options.parameters is None else list(options.parameters)
+    shared, parameters = options.shared, options.parameters
     among = Processes.of(options.group)
     batches = [joined(batch, shared, parameters, options.counts, among) for batch in (losses, *more)]
     named, found = batches[0]

@@ -330,7 +330,7 @@ class Step:
         """Unscaled loss values ``[T]`` float64 on the CPU, checked where no gradient scaler would skip the step."""
         losses = _values(self.tensors)
         if self.among is not None:
-            losses = self.among.total(losses) / self.among.copies
+            losses = self.among.whole(losses)
         losses = losses.cpu() / self.scale
         if self.scale == 1.0:
             check_finite(dict(zip(self.tasks, losses, strict=True)))

@@ -158,8 +158,7 @@ class _Session:
         return nullcontext() if self.among is None else self.among.failing_together()
 
     def _joined(self, losses: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Reach]:
-        shared = None if self.options.shared is None else list(self.options.shared)
-        return joined(losses, shared, self.parameters, self.options.counts, self.among)
+        return joined(losses, self.options.shared, self.parameters, self.options.counts, self.among)
 
     def values(self) -> dict[str, float]:
         before = [torch.get_rng_state(), *_cuda_states()]
@@ -231,7 +230,7 @@ class _Session:
             for part in parts.values():  # of one task, or of none where no process has it
                 value = part.detach().double()
                 if self.among is not None:
-                    value = self.among.total(value.reshape(1)) / self.among.copies
+                    value = self.among.whole(value.reshape(1))
                 check_finite({task: value})
                 yield task, part, found
 

@@ -22,7 +22,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from detente.engine.graph import SINK, Reach, leaves_of, reach, root
 from detente.engine.jacobian import Jacobian, real
-from detente.engine.rows import Scattered, Summed, all_gather, restored_shape
+from detente.engine.rows import Scattered, Summed, all_gather, by_kind, restored_shape
 from detente.gramian import Partition
 
 if TYPE_CHECKING:
@@ -271,17 +271,16 @@ class Processes:
         table = table.to(self.control)
         dist.all_reduce(table, op=dist.ReduceOp.MAX, group=self.group)
         rows = table.tolist()
-        listed = None if shared is None else {id(p) for p in shared}
-        result = Reach([], [], [[] for _ in parts], local.masks)
-        for k in self._in_order([places[key] for key in reached]):
-            p, tasks = known[k], tuple(t for t in range(count) if rows[k][t])
-            if len(tasks) > 1 if listed is None else id(p) in listed:
-                result.shared.append(p)
-                result.tasks.append(tasks)
-            else:
-                for t in tasks:
-                    result.own[t].append(p)
-        return result
+        leaves = [
+            (known[k], tuple(t for t in range(count) if rows[k][t]))
+            for k in self._in_order([places[key] for key in reached])
+        ]
+        chosen = {id(p) for p, tasks in leaves if len(tasks) > 1} if shared is None else {id(p) for p in shared}
+        return Reach.of(leaves, chosen, count, local.masks)
+
+    def whole(self, losses: Tensor) -> Tensor:
+        """Loss values of the whole batch, from those of the processes' parts; in place."""
+        return self.total(losses) / self.copies
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum over the processes, in place."""
@@ -290,17 +289,15 @@ class Processes:
 
     def sum_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Sums over the processes, as new tensors."""
-        kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-        for k, tensor in enumerate(tensors):
-            if tensor.layout != torch.strided:
-                raise ValueError(
-                    f"a parameter of shape {tuple(tensor.shape)} has a sparse gradient, which is not summed over "
-                    "processes. Build the embedding with sparse=False."
-                )
-            kinds.setdefault((tensor.dtype.to_real(), tensor.device), []).append(k)
+        sparse = next((tensor for tensor in tensors if tensor.layout != torch.strided), None)
+        if sparse is not None:
+            raise ValueError(
+                f"a parameter of shape {tuple(sparse.shape)} has a sparse gradient, which is not summed over "
+                "processes. Build the embedding with sparse=False."
+            )
         result = list(tensors)
         waiting = []
-        for members in kinds.values():
+        for members in by_kind(tensors):
             flat = torch.cat([real(tensors[k]).reshape(-1) for k in members])
             waiting.append((members, flat, dist.all_reduce(flat, group=self.group, async_op=True)))
         for members, flat, work in waiting:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
@@ -30,6 +30,25 @@ class Reach:
     tasks: list[tuple[int, ...]]
     own: list[list[Tensor]]
     masks: dict[Node, int]
+
+    @classmethod
+    def of(
+        cls,
+        leaves: Iterable[tuple[Tensor, tuple[int, ...]]],
+        shared: Container[int],
+        count: int,
+        masks: dict[Node, int],
+    ) -> Reach:
+        """Sort leaves, each with the positions of the losses that reach it, by the ids of those that are shared."""
+        result = cls([], [], [[] for _ in range(count)], masks)
+        for p, tasks in leaves:
+            if id(p) in shared:
+                result.shared.append(p)
+                result.tasks.append(tasks)
+            else:
+                for t in tasks:
+                    result.own[t].append(p)
+        return result
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -125,16 +144,8 @@ def reach(losses: Sequence[Tensor], shared: Iterable[Tensor] | None = None) -> R
                     "Pass model.trunk.parameters(), without frozen ones."
                 )
             chosen.add(id(p))
-    result = Reach([], [], [[] for _ in losses], masks)
-    for p, mask in leaves:
-        tasks = tuple(t for t in range(len(losses)) if mask >> t & 1)
-        if id(p) in chosen:
-            result.shared.append(p)
-            result.tasks.append(tasks)
-        else:
-            for t in tasks:
-                result.own[t].append(p)
-    return result
+    reached = ((p, tuple(t for t in range(len(losses)) if mask >> t & 1)) for p, mask in leaves)
+    return Reach.of(reached, chosen, len(losses), masks)
 
 
 def listed(shared: Iterable[Tensor]) -> list[Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from detente.engine.jacobian import Jacobian, real
 from detente.gramian import Partition
 
-__all__ = ["Scattered", "Summed", "all_gather", "reduce_scatter", "restored_shape"]
+__all__ = ["Scattered", "Summed", "all_gather", "by_kind", "reduce_scatter", "restored_shape"]
 
 # their names since torch 2.13, where the old ones warn
 all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -27,6 +27,14 @@ class Group(Protocol):
     group: dist.ProcessGroup | None
     size: int
     gloo: bool
+
+
+def by_kind(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Positions of the tensors that can be laid end to end: of one real dtype on one device."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for k, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.dtype.to_real(), tensor.device), []).append(k)
+    return list(kinds.values())
 
 
 def restored_shape(flat: Tensor, like: Tensor) -> Tensor:
@@ -94,10 +102,9 @@ class Scattered:
         storage: torch.dtype | None = None,
     ) -> None:
         self.parameters = list(parameters)
-        kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-        for k, p in enumerate(self.parameters):
-            kinds.setdefault((p.dtype.to_real(), p.device), []).append(k)
-        self.kinds = [_Kind(members, [self.parameters[k] for k in members], processes) for members in kinds.values()]
+        self.kinds = [
+            _Kind(members, [self.parameters[k] for k in members], processes) for members in by_kind(self.parameters)
+        ]
         self.columns = Jacobian([kind.columns for kind in self.kinds], count, storage=storage)
         self.whole = Partition.by_model(self.columns.parameters)
 
