@@ -29,12 +29,15 @@ from detente.solvers import Array, floor, like, normalised, real, total
 
 __all__ = [
     "Centred",
+    "Choice",
     "Context",
     "EpochWeighting",
     "GramianMethod",
     "LossWeighting",
     "Method",
     "Paper",
+    "Range",
+    "Ranges",
     "Seeded",
     "Session",
     "TaskHistory",
@@ -173,6 +176,27 @@ class Session(Protocol):
         """The parameters moved along the directions, inside a ``with`` block."""
 
 
+@dataclass(frozen=True)
+class Range:
+    """Numbers from ``low`` to ``high`` among which a hyper-parameter is tuned; ``log``: evenly in the logarithm."""
+
+    low: float
+    high: float
+    log: bool = False
+    whole: bool = False
+    """Whole numbers only."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Values among which a hyper-parameter is tuned."""
+
+    values: tuple[float | str | None, ...]
+
+
+Ranges: TypeAlias = Mapping[str, Range | Choice]
+
+
 class Method(nn.Module, ABC):
     """Base of all methods: identity, declared properties, and state that saves, loads and resets.
 
@@ -195,6 +219,9 @@ class Method(nn.Module, ABC):
     """What the history holds, for T tasks, P shared parameters and B blocks."""
     state: tuple[str, ...] = ()
     native_granularity: ClassVar[str] = "model"
+
+    ranges: ClassVar[Ranges] = {}
+    """Where `detente tune` looks for each hyper-parameter; those that are not named keep their default."""
 
     # Declared properties: each picks a check of the conformance suite.
     stochastic: ClassVar[bool] = False

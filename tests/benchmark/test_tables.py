@@ -97,7 +97,7 @@ def test_csv_has_every_figure_in_full_precision_and_comes_back(scenes):
             for seed, value in estimate.by_seed.items():
                 assert read[row.label, task, metric, str(seed)] == value
             assert read[row.label, task, metric, "mean"] == estimate.mean
-            assert read[row.label, task, metric, "high"] == estimate.mean + estimate.half_width
+            assert read[row.label, task, metric, "high"] == estimate.interval[1]
         assert read[row.label, "", "delta_m", "mean"] == row.delta_m.mean
     assert {r["direction"] for r in rows if r["metric"] == "absolute_error"} == {"min"}
 

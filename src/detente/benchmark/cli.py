@@ -1,16 +1,16 @@
-"""The command line: compare, report, methods, problems."""
+"""The command line: compare, tune, report, methods, problems."""
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
-import math
 import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,10 +40,14 @@ except ImportError as error:
         f"the detente command needs {error.name}, which is not installed. Run: pip install 'detente[compare]'"
     ) from error
 
-from detente.benchmark.launch import check_launcher, run_launched
-from detente.benchmark.problem import Problem, list_problems, load_problem
-from detente.benchmark.runner import Event, jobs_of, prepare, run_jobs
-from detente.benchmark.specs import Spec, parse_methods
+from detente.benchmark.controls import Control, extracted, sweep, wider
+from detente.benchmark.engines import local, ray, torchrun
+from detente.benchmark.job import Event, Job
+from detente.benchmark.plan import Plan, prepare
+from detente.benchmark.problem import Problem, list_problems, load_problem, setting
+from detente.benchmark.protocol import PROTOCOLS
+from detente.benchmark.specs import parse_methods
+from detente.benchmark.tune import chosen_of, tune
 from detente.method import describe, list_methods, method_class
 
 app = typer.Typer(
@@ -85,43 +89,19 @@ class _Monitor:
         return Group(self.bar, table)
 
     def __call__(self, event: Event) -> None:
-        name = f"{event.job} seed {event.seed}"
-        if event.fraction >= 1 and (event.text in ("", "failed", "finished before") or event.error):
-            self.running.pop(name, None)
+        if event.ended:
+            self.running.pop(event.title, None)
             self.finished += 1
             if not console.is_terminal:
-                state = "failed" if event.error else event.text or "done"
                 total = self.bar.tasks[0].total
-                console.print(f"[{self.finished}/{total:.0f}] {name}: {state}", highlight=False, markup=False)
+                console.print(
+                    f"[{self.finished}/{total:.0f}] {event.title}: {event.text}", highlight=False, markup=False
+                )
         else:
-            self.running[name] = event
+            self.running[event.title] = event
+            if event.retried:
+                console.print(f"{event.title}: {event.text}", highlight=False, markup=False)
         self.bar.update(self.total, completed=self.finished + sum(e.fraction for e in self.running.values()))
-
-
-def _settings(problem: Problem, given: dict[str, Any]) -> dict[str, Any]:
-    settings = dict(problem.settings)
-    for key, value in given.items():
-        if value is not None:
-            if key not in settings:
-                raise ValueError(f"problem {problem.name!r} has no setting {key!r}; it has {', '.join(settings)}.")
-            if key == "seeds":
-                raise ValueError("the number of seeds is not one of the settings; use --seeds.")
-            settings[key] = _positive(key, value, whole=isinstance(settings[key], int))
-    settings.pop("seeds", None)
-    return settings
-
-
-def _positive(key: str, value: Any, *, whole: bool) -> int | float:
-    """A positive number; YAML reads 1e-3 as text, so text that is a number will do."""
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    kind = "positive whole number" if whole else "positive number"
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{key} must be a {kind}; got {value!r}.")
-    if whole and value != int(value):
-        raise ValueError(f"{key} must be a {kind}; got {value!r}.")
-    return int(value) if whole else float(value)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -134,7 +114,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         where = getattr(error, "problem_mark", None)
         place = f" in line {where.line + 1}" if where else ""
         raise ValueError(f"{path} is not valid YAML{place}: {getattr(error, 'problem', error)}.") from error
-    known = {"problem", "methods", "seeds", "jobs", "out", "settings"}
+    known = {*ASKED, "settings"}
     if not isinstance(content, dict) or not set(content) <= known:
         got = sorted(map(str, set(content) - known)) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path} must be a mapping with the keys {', '.join(sorted(known))}; got {got}.")
@@ -145,55 +125,95 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
+ASKED = ("problem", "methods", "seeds", "jobs", "out", "data", "preset", "tune", "tuned", "sweep", "extract", "wider")
+"""What a YAML file may say besides settings, and the command line too."""
+
+# options that compare and tune have in common
+ProblemName = Annotated[str | None, typer.Argument(help="A built-in problem, or the path of your problem file.")]
+Methods = Annotated[
+    str | None,
+    typer.Option(help=f"Comma-separated, with options as in 'cagrad(c=0.8)'; or all. Default: {DEFAULT_METHODS}."),
+]
+Epochs = Annotated[int | None, typer.Option(min=1, help="Length of the training.")]
+BatchSize = Annotated[int | None, typer.Option(min=1)]
+Lr = Annotated[float | None, typer.Option(help="Learning rate.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Any setting, as in --set weight_decay=1e-4.")]
+Preset = Annotated[str | None, typer.Option(help="Settings of a paper; `detente problems` lists them.")]
+Data = Annotated[Path | None, typer.Option(help="Directory of the official files. Default: data/PROBLEM.")]
+Out = Annotated[Path | None, typer.Option(help="Directory of the comparison. Default: runs/PROBLEM.")]
+Config = Annotated[Path | None, typer.Option(help="YAML file with problem, methods, seeds, settings.")]
+DownloadHelp = Annotated[bool, typer.Option("--download-help", help="Where the problem's files come from and go.")]
+WHERE = "Where it runs"
+Jobs = Annotated[int | None, typer.Option(min=1, help="Processes, one thread each. Default: 2.", rich_help_panel=WHERE)]
+Engine = Annotated[str, typer.Option(help="local, or ray.", rich_help_panel=WHERE)]
+Address = Annotated[str | None, typer.Option(help="With --engine ray: a running cluster.", rich_help_panel=WHERE)]
+Launch = Annotated[
+    str | None,
+    typer.Option(help="torchrun: every run on several processes, which divide its batches.", rich_help_panel=WHERE),
+]
+NprocPerNode = Annotated[
+    int | None, typer.Option(min=2, help="With --launch: how many processes.", rich_help_panel=WHERE)
+]
+CONTROLS = "Controls"
+
+
 @app.command()
 def compare(
-    problem: Annotated[str | None, typer.Argument(help="A built-in problem, or the path of your problem file.")] = None,
-    methods: Annotated[
-        str | None,
-        typer.Option(help=f"Comma-separated, with options as in 'cagrad(c=0.8)'; or all. Default: {DEFAULT_METHODS}."),
-    ] = None,
+    problem: ProblemName = None,
+    methods: Methods = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Repetitions of every run. Default: 3.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Length of the training.")] = None,
+    epochs: Epochs = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Length, for problems that count steps (toy).")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Directory of the comparison. Default: runs/PROBLEM.")] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Processes, one thread each. Default: 2.")] = None,
-    launch: Annotated[
-        str | None, typer.Option(help="torchrun: every run on several processes, which divide its batches.")
+    batch_size: BatchSize = None,
+    lr: Lr = None,
+    set_: Set = None,
+    preset: Preset = None,
+    protocol: Annotated[str | None, typer.Option(help=f"Which figures count: {', '.join(PROTOCOLS)}.")] = None,
+    tune_: Annotated[
+        int | None, typer.Option("--tune", min=1, help="Tune everything first, with so many trials for each.")
     ] = None,
-    nproc_per_node: Annotated[int | None, typer.Option(min=2, help="With --launch: how many processes.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file with problem, methods, seeds, settings.")] = None,
+    tuned: Annotated[Path | None, typer.Option(help="Compare what this tuning.json chose.")] = None,
+    sweep: Annotated[
+        int | None, typer.Option(min=1, help="So many fixed weightings of the losses.", rich_help_panel=CONTROLS)
+    ] = None,
+    extract: Annotated[
+        str | None,
+        typer.Option(help="Methods whose mean weights are trained with as fixed ones.", rich_help_panel=CONTROLS),
+    ] = None,
+    wider: Annotated[
+        bool | None,
+        typer.Option("--wider", help="Equal weights on a wider model, for the same compute.", rich_help_panel=CONTROLS),
+    ] = None,
+    data: Data = None,
+    out: Out = None,
+    config: Config = None,
+    download_help: DownloadHelp = False,
+    jobs: Jobs = None,
+    engine: Engine = "local",
+    address: Address = None,
+    launch: Launch = None,
+    nproc_per_node: NprocPerNode = None,
 ) -> None:
     """Train single-task baselines and every method, and say whether resolving conflicts helps.
 
     Equal weights (gd) and the single-task baselines always take part. Interrupted? The same command continues, and may
     do so on another number of processes.
     """
-    written = _read_yaml(config) if config else {}
-    source = problem or written.get("problem")
-    if source is None:
-        raise ValueError("which problem? Give a name or the path of a problem file; `detente problems` lists them.")
-    loaded = load_problem(str(source))
-    given: dict[str, Any] = {"epochs": epochs, "steps": steps, "batch_size": batch_size, "lr": lr}
-    settings = _settings(loaded, {**written.get("settings", {}), **{k: v for k, v in given.items() if v is not None}})
-    listed = written.get("methods")
-    wanted = methods or (",".join(map(str, listed)) if isinstance(listed, list) else listed)
-    specs = parse_methods(str(wanted or getattr(loaded.module, "methods", DEFAULT_METHODS)))
-    if loaded.whole and (seeds or "seeds" in written):
-        raise ValueError(f"problem {loaded.name!r} runs a fixed set of starts; leave out seeds.")
-    count = _positive("seeds", seeds or written.get("seeds", loaded.module.settings.get("seeds", 3)), whole=True)
-    processes = _positive("jobs", jobs or written.get("jobs", 2), whole=True)
-    divided = _divided(loaded, settings, launch, nproc_per_node, jobs or written.get("jobs"))
-    root = out or Path(written.get("out", f"runs/{loaded.name}"))
-    command = "detente " + shlex.join(sys.argv[1:])
+    options = {"epochs": epochs, "steps": steps, "batch_size": batch_size, "lr": lr, "protocol": protocol}
+    asked, loaded = _asked(
+        {
+            "problem": problem, "methods": methods, "seeds": seeds, "jobs": jobs, "out": out, "data": data,
+            "preset": preset, "tune": tune_, "tuned": tuned, "sweep": sweep, "extract": extract, "wider": wider,
+        },
+        config,
+        download_help,
+    )  # fmt: skip
+    plan = _plan(loaded, asked, _given(config, options, set_))
+    run = _engine(loaded, plan.settings, asked["jobs"], engine, address, launch, nproc_per_node)
+    root = Path(asked["out"] or f"runs/{loaded.name}")
     started = time.monotonic()
-    try:
-        failures = _compare(loaded, specs, range(int(count)), settings, root, int(processes), divided, command)
-    except KeyboardInterrupt:
-        console.print("Interrupted. The same command goes on where this one stopped.")
-        sys.stdout.flush()
-        os._exit(130)  # without waiting for the workers, which end when they see their parent gone
+    with _interruptible():
+        failures = _compare(plan, root, run, asked["tuned"])
     for name, message in failures.items():
         console.print(f"[red]failed[/red] {escape(name)}: {escape(message)}", highlight=False, soft_wrap=True)
     if any(root.glob("runs/*/seed-*/result.json")):
@@ -204,6 +224,133 @@ def compare(
         raise typer.Exit(1)
 
 
+@app.command("tune")
+def tune_command(
+    problem: ProblemName = None,
+    methods: Methods = None,
+    trials: Annotated[int, typer.Option(min=1, help="Trainings for each method and each baseline.")] = 20,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: Lr = None,
+    set_: Set = None,
+    preset: Preset = None,
+    data: Data = None,
+    out: Out = None,
+    config: Config = None,
+    download_help: DownloadHelp = False,
+    jobs: Jobs = None,
+    engine: Engine = "local",
+    address: Address = None,
+    launch: Launch = None,
+    nproc_per_node: NprocPerNode = None,
+) -> None:
+    """Give every method, equal weights and the single-task baselines included, the same budget of trials.
+
+    Tuned are the learning rate, weight decay and dropout, and the options that a method declares; judged by the
+    validation split alone. `detente compare PROBLEM --tuned OUT/tuning.json` compares what was found, and
+    `detente compare PROBLEM --tune N` does both. Interrupted? The same command continues.
+    """
+    given: dict[str, Any] = {"problem": problem, "methods": methods, "jobs": jobs, "out": out, "data": data}
+    asked, loaded = _asked({**given, "preset": preset, "tune": trials}, config, download_help)
+    plan = _plan(loaded, asked, _given(config, {"epochs": epochs, "batch_size": batch_size, "lr": lr}, set_))
+    run = _engine(loaded, plan.settings, asked["jobs"], engine, address, launch, nproc_per_node)
+    root = Path(asked["out"] or f"runs/{loaded.name}")
+    with _interruptible(), _locked(root):
+        content = _tuned(plan, root, run)
+    console.print(tables.tuning_table(content))
+    console.print(f"Chosen: {root / 'tuning.json'}", soft_wrap=True, markup=False)
+
+
+def _asked(options: Mapping[str, Any], config: Path | None, download_help: bool) -> tuple[dict[str, Any], Problem]:
+    """What the command line asks for, over what the YAML file says; and the problem."""
+    written = _read_yaml(config) if config else {}
+    asked = {key: written.get(key) if options.get(key) is None else options[key] for key in ASKED}
+    if asked["problem"] is None:
+        raise ValueError("which problem? Give a name or the path of a problem file; `detente problems` lists them.")
+    problem = load_problem(str(asked["problem"]))
+    if download_help:
+        console.print(problem.download or f"{problem.name} makes its own data.", markup=False, highlight=False)
+        raise typer.Exit
+    return asked, problem
+
+
+def _given(config: Path | None, options: Mapping[str, Any], assignments: Sequence[str] | None) -> dict[str, Any]:
+    """Settings: those of the YAML file, over them the options, over them ``--set``."""
+    given = dict(_read_yaml(config).get("settings", {})) if config else {}
+    given |= {key: value for key, value in options.items() if value is not None}
+    for assignment in assignments or ():
+        key, sign, value = assignment.partition("=")
+        if not sign:
+            raise ValueError(f"--set wants name=value, as in --set weight_decay=1e-4; got {assignment!r}.")
+        given[key.strip()] = value.strip()
+    return given
+
+
+def _plan(problem: Problem, asked: Mapping[str, Any], given: Mapping[str, Any]) -> Plan:
+    settings = problem.settle(given, asked["preset"])
+    specs = parse_methods(_listed(asked["methods"] or getattr(problem.module, "methods", DEFAULT_METHODS)))
+    if problem.whole and asked["seeds"]:
+        raise ValueError(f"problem {problem.name!r} runs a fixed set of starts; leave out seeds.")
+    if problem.whole and any(asked[key] for key in ("tune", "tuned", "sweep", "extract", "wider")):
+        raise ValueError(f"problem {problem.name!r} trains all methods at once: there is nothing to tune or control.")
+    count = setting("seeds", _given_or(asked["seeds"], problem.module.settings.get("seeds", 3)), like=1)
+    data = None
+    if problem.download is not None:
+        data = Path(asked["data"] or f"data/{problem.name}").resolve()
+        problem.make_data(settings, data)  # here, so that missing or damaged files are told before anything is written
+    elif asked["data"] is not None:
+        raise ValueError(f"problem {problem.name!r} makes its own data; leave out --data.")
+    controls: list[Control] = []
+    if asked["sweep"]:
+        controls += sweep(tuple(problem.tasks), setting("sweep", asked["sweep"], like=1))
+    if asked["extract"]:
+        labels = [spec.label for spec in specs]
+        for spec in parse_methods(_listed(asked["extract"]))[1:]:
+            if spec.label not in labels:
+                raise ValueError(f"--extract {spec.label}: it is not among the methods: {', '.join(labels)}.")
+            controls.append(extracted(spec))
+    if asked["wider"]:
+        controls.append(wider(problem, settings, data))
+    trials = setting("tune", _given_or(asked["tune"], 0), like=1)
+    return Plan(problem, specs, range(count), settings, data, controls, trials)
+
+
+def _given_or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _listed(methods: Any) -> str:
+    return ",".join(map(str, methods)) if isinstance(methods, list) else str(methods)
+
+
+Run = Callable[[list[Job], Path, "_Monitor"], dict[str, str]]
+
+
+def _engine(
+    problem: Problem,
+    settings: dict[str, Any],
+    jobs: Any,
+    engine: str,
+    address: str | None,
+    launch: str | None,
+    nproc_per_node: int | None,
+) -> Run:
+    """What runs jobs."""
+    processes = setting("jobs", _given_or(jobs, 2), like=1)
+    divided = _divided(problem, settings, launch, nproc_per_node, jobs)
+    if engine not in ("local", "ray"):
+        raise ValueError(f"--engine must be local or ray; got {engine!r}.")
+    if address is not None and engine != "ray":
+        raise ValueError("--address goes with --engine ray; add it, or leave out --address.")
+    if divided and engine == "ray":
+        raise ValueError("--launch torchrun and --engine ray do not go together; leave out one of them.")
+    if divided:
+        return lambda todo, root, monitor: torchrun.run(todo, root, divided, monitor)
+    if engine == "ray":
+        return lambda todo, root, monitor: ray.run(todo, root, processes, monitor, address)
+    return lambda todo, root, monitor: local.run(todo, root, processes, monitor)
+
+
 def _divided(
     problem: Problem, settings: dict[str, Any], launch: str | None, processes: int | None, jobs: int | None
 ) -> int | None:
@@ -212,7 +359,7 @@ def _divided(
         if processes is not None:
             raise ValueError("--nproc-per-node goes with --launch torchrun; add it, or leave both out.")
         return None
-    check_launcher(launch)
+    torchrun.check_launcher(launch)
     if processes is None:
         raise ValueError("--launch torchrun: on how many processes? Add --nproc-per-node 2, or more.")
     if jobs not in (None, 1):
@@ -227,18 +374,19 @@ def _divided(
     return processes
 
 
-def _compare(
-    problem: Problem,
-    specs: list[Spec],
-    seeds: range,
-    settings: dict[str, Any],
-    root: Path,
-    jobs: int,
-    divided: int | None,
-    command: str,
-) -> dict[str, str]:
-    if hasattr(problem.module, "check"):
-        problem.module.check(specs)
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("Interrupted. The same command goes on where this one stopped.")
+        sys.stdout.flush()
+        os._exit(130)  # without waiting for the workers, which end when they see their parent gone
+
+
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """The directory of a comparison, for this process alone."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         lock = FileLock(root / ".lock")
@@ -250,16 +398,63 @@ def _compare(
     except OSError as error:
         raise OSError(f"cannot write to {root}: {error.strerror}. Choose another --out.") from error
     with lock:
-        prepare(root, problem, specs, seeds, settings, command)
-        todo = [] if problem.whole else jobs_of(problem, specs, seeds, settings)
-        monitor = _Monitor(problem.name, len(todo) or 1)
-        with Live(monitor, console=console, refresh_per_second=4, transient=True):
-            if problem.whole:
-                problem.whole(specs, settings, root, monitor)
-                return {}
-            if divided:
-                return run_launched(todo, root, divided, monitor)
-            return run_jobs(todo, root, jobs, monitor)
+        yield
+
+
+def _compare(plan: Plan, root: Path, run: Run, tuned: str | None) -> dict[str, str]:
+    problem = plan.problem
+    command = "detente " + shlex.join(sys.argv[1:])
+    if hasattr(problem.module, "check"):
+        problem.module.check(plan.specs)
+    tuning = None if tuned is None else _read_tuning(Path(tuned), plan)
+    with _locked(root):
+        prepare(root, plan, command)
+        if problem.whole:
+            with _live(problem.name, 1) as monitor:
+                problem.whole(plan.specs, plan.settings, root, monitor)
+            return {}
+        if plan.trials:
+            tuning = _tuned(plan, root, run)
+        if tuning is not None:
+            plan = replace(plan, chosen=chosen_of(tuning))
+            prepare(root, plan, command, tuning)
+        waves = plan.jobs()
+        errors: dict[str, str] = {}
+        with _live(problem.name, sum(map(len, waves))) as monitor:
+            for wave in waves:
+                errors |= run(wave, root, monitor)
+        return errors
+
+
+def _tuned(plan: Plan, root: Path, run: Run) -> dict[str, Any]:
+    if plan.problem.whole:
+        raise ValueError(f"problem {plan.problem.name!r} has no validation split, so there is nothing to tune by.")
+    total = plan.trials * len(list(plan.subjects()))
+    with _live(f"{plan.problem.name}: tuning", total) as monitor:
+        return tune(plan, root, lambda todo: run(list(todo), root, monitor))
+
+
+def _read_tuning(path: Path, plan: Plan) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        names = set(content["runs"])
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}. `detente tune` writes it.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not what `detente tune` writes ({error!r}).") from error
+    missing = [job.name for job in plan.subjects() if job.name not in names]
+    if missing:
+        raise ValueError(
+            f"{path} has no trials of {', '.join(missing)}; tune them too, so that all had the same budget."
+        )
+    return content
+
+
+@contextmanager
+def _live(title: str, total: int) -> Iterator[_Monitor]:
+    monitor = _Monitor(title, total)
+    with Live(monitor, console=console, refresh_per_second=4, transient=True):
+        yield monitor
 
 
 def _show(root: Path, hooks: Any) -> None:

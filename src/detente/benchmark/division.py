@@ -48,6 +48,14 @@ class Division:
         answer: T = found[0]
         return answer
 
+    def any(self, here: bool) -> bool:
+        """Whether it holds on any process."""
+        if self.size == 1:
+            return here
+        there = torch.tensor([float(here)])
+        dist.all_reduce(there)
+        return bool(there > 0)
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.size > 1:

@@ -39,18 +39,30 @@ def segmentation(prediction: Tensor, target: Tensor, classes: int, ignore: int =
     has no IoU and does not enter the mean (nan-mean). Raises ValueError on labels outside the range, or if no pixel is
     labelled.
     """
+    return overlap(confusion(prediction, target, classes, ignore))
+
+
+def confusion(prediction: Tensor, target: Tensor, classes: int, ignore: int = -1) -> Tensor:
+    """How many pixels of each class (row) were given each label (column), float64; of several batches they add up.
+
+    Arguments and errors as in `segmentation`, but that nothing needs to be labelled.
+    """
     labels = _labels(prediction, target)
     labelled = target != ignore
     predicted, present = labels[labelled].long(), target[labelled].long()
-    if not present.numel():
-        raise ValueError(f"segmentation found no labelled pixel: every target equals ignore={ignore}.")
     for name, values in (("prediction", predicted), ("target", present)):
-        if values.min() < 0 or values.max() >= classes:
+        if values.numel() and (values.min() < 0 or values.max() >= classes):
             raise ValueError(
                 f"`{name}` holds label(s) outside 0..{classes - 1}: from {int(values.min())} to {int(values.max())}. "
                 f"Is `classes={classes}` right, and is {ignore} the label of unlabelled pixels?"
             )
-    confusion = torch.bincount(present * classes + predicted, minlength=classes**2).view(classes, classes).double()
+    return torch.bincount(present * classes + predicted, minlength=classes**2).view(classes, classes).double()
+
+
+def overlap(confusion: Tensor) -> dict[str, float]:
+    """The figures of `segmentation` from a `confusion` matrix."""
+    if not confusion.any():
+        raise ValueError("segmentation found no labelled pixel: every target equals `ignore`.")
     hits = confusion.diagonal()
     iou = hits / (confusion.sum(0) + confusion.sum(1) - hits)
     return {"miou": iou.nanmean().item(), "pixel_accuracy": (hits.sum() / confusion.sum()).item()}
@@ -78,15 +90,9 @@ def angle_errors(prediction: Tensor, target: Tensor) -> dict[str, float]:
     11.25 degrees), `within_22` (22.5) and `within_30`. Lengths do not matter, except that a zero target marks an
     invalid pixel and a zero prediction counts as 90 degrees. Raises ValueError if no pixel is valid.
     """
-    if prediction.shape != target.shape or target.ndim < 2 or target.shape[1] != 3:
-        raise ValueError(f"both fields must be [N, 3, ...]; got {_shape(prediction)} and {_shape(target)}.")
-    found, truth = (x.movedim(1, -1).reshape(-1, 3).double() for x in (prediction, target))
-    valid = truth.any(dim=-1)
-    if not valid.any():
+    angles = valid_angles(prediction, target).sort().values
+    if not len(angles):
         raise ValueError("angle_errors found no valid pixel: every target is the zero vector.")
-    found, truth = (torch.nn.functional.normalize(x[valid], dim=-1) for x in (found, truth))
-    # 2 atan2(|p - g|, |p + g|) is the angle of unit vectors; unlike arccos it keeps its digits near 0 and 180 degrees
-    angles = torch.rad2deg(2 * torch.atan2((found - truth).norm(dim=-1), (found + truth).norm(dim=-1))).sort().values
     middle = angles[(len(angles) - 1) // 2] + angles[len(angles) // 2]
     return {
         "mean_angle": angles.mean().item(),
@@ -95,6 +101,17 @@ def angle_errors(prediction: Tensor, target: Tensor) -> dict[str, float]:
         "within_22": (angles < 22.5).double().mean().item(),
         "within_30": (angles < 30.0).double().mean().item(),
     }
+
+
+def valid_angles(prediction: Tensor, target: Tensor) -> Tensor:
+    """The angles of `angle_errors`, one per valid pixel, float64."""
+    if prediction.shape != target.shape or target.ndim < 2 or target.shape[1] != 3:
+        raise ValueError(f"both fields must be [N, 3, ...]; got {_shape(prediction)} and {_shape(target)}.")
+    found, truth = (x.movedim(1, -1).reshape(-1, 3).double() for x in (prediction, target))
+    valid = truth.any(dim=-1)
+    found, truth = (torch.nn.functional.normalize(x[valid], dim=-1) for x in (found, truth))
+    # 2 atan2(|p - g|, |p + g|) is the angle of unit vectors; unlike arccos it keeps its digits near 0 and 180 degrees
+    return torch.rad2deg(2 * torch.atan2((found - truth).norm(dim=-1), (found + truth).norm(dim=-1)))
 
 
 def delta_m(

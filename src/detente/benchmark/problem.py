@@ -13,17 +13,29 @@ A problem is a module with these names::
     def metrics(model, data, tasks):       # {task: {metric: number}}; called in eval mode, without gradients;
                                            # figures are compared by ratio: let them be positive
 
-and optionally::
+Further parameters of make_data and make_model are filled with the settings of the same name. Two of them are known to
+the tools: ``make_model(tasks, dropout, width)`` lets `detente tune` choose the dropout, and ``--wider`` train a model
+with more channels. Optional names::
 
-    def make_optimizer(model, settings):   # default: torch.optim.Adam(model.parameters(), lr=settings["lr"])
+    def make_optimizer(model, settings):   # default: Adam with the settings lr and weight_decay
+    def make_scheduler(optimizer, settings):   # a torch scheduler, stepped after every epoch; ReduceLROnPlateau gets
+                                           # the validation score, of which more is better
+    def collate(samples):                  # a batch of samples, for DataLoader
     def counts(batch, tasks):              # samples behind each loss, {task: number}, where not all samples are
                                            # labelled for all tasks; `losses` is not asked for a task that has none
+    presets = {"author2021": {"epochs": 200, "protocol": "last-10-test"}}   # settings of papers, for --preset
+    ranges = {"lr": Range(1e-4, 1e-2, log=True)}   # where `detente tune` looks, by setting (detente.method.Range)
+    download = "Where the files come from and where they go."   # then make_data(directory, ...) reads files
     target = {"left": {"accuracy": 0.9}}   # training ends once every figure has been reached on the validation split;
                                            # a task may declare a metric "epochs": how many that took
     def summary(results):                  # rich tables to print below the others; results: the runs' result.json
     def verdict(results):                  # the sentence that sums up; default: each method against equal weights
     def check(specs):                      # raise where a method does not apply
     def report(results, directory):        # draw figures into directory/figures, which the report shows
+
+Settings that every problem has: epochs, batch_size, lr, weight_decay, clip_norm (of the whole gradient, 0 for none),
+precision (float32, or bfloat16 for autocast), patience (epochs without a better validation score after which training
+ends, 0 for never), protocol (see `detente.benchmark.protocol`), probe_every (steps between two looks at the gradients).
 
 Draw random numbers from the global generators of torch, numpy or random: they are seeded for every run, and saved.
 With --launch every process computes the losses of its part of a batch. They are put together as means over samples, so
@@ -35,9 +47,12 @@ Trunks with BatchNorm or LayerNorm can be trained by connection strength, which 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
+import inspect
+import math
 import pkgutil
 import sys
 from collections.abc import Callable, Mapping
@@ -51,11 +66,26 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import detente.benchmark.problems as builtin
+from detente.benchmark.protocol import PROTOCOLS
+from detente.method import Choice, Range
 
 __all__ = ["Problem", "list_problems", "load_problem"]
 
 REQUIRED = ("tasks", "settings", "make_data", "make_model", "losses", "metrics")
-DEFAULTS: dict[str, Any] = {"epochs": 20, "batch_size": 64, "lr": 1e-3, "probe_every": 10}
+DEFAULTS: dict[str, Any] = {
+    "epochs": 20,
+    "batch_size": 64,
+    "lr": 1e-3,
+    "weight_decay": 0.0,
+    "clip_norm": 0.0,
+    "precision": "float32",
+    "patience": 0,
+    "protocol": "val-selected",
+    "probe_every": 10,
+}
+ONE_OF = {"precision": ("float32", "bfloat16"), "protocol": tuple(PROTOCOLS)}
+POSITIVE = {"seeds", "jobs", "epochs", "steps", "batch_size", "lr", "probe_every", "width"}
+"""Settings that must be above zero; other numbers may also be zero."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +120,57 @@ class Problem:
         """``compare(specs, settings, directory, progress)`` of problems that train all methods at once."""
         return getattr(self.module, "compare", None)
 
-    def make_data(self) -> dict[str, Dataset[Any]]:
-        data = self.module.make_data()
+    @property
+    def download(self) -> str | None:
+        """Where the official files come from and go, for a problem that reads files."""
+        return getattr(self.module, "download", None)
+
+    @property
+    def presets(self) -> Mapping[str, Mapping[str, Any]]:
+        """Settings of papers, by name."""
+        return getattr(self.module, "presets", {})
+
+    def settle(self, given: Mapping[str, Any], preset: str | None = None) -> dict[str, Any]:
+        """All settings: the defaults, over them those of a preset, over them those given; checked.
+
+        Raises:
+            ValueError: no such preset or setting, or an impossible value.
+        """
+        if preset is not None and preset not in self.presets:
+            known = ", ".join(self.presets) or "none"
+            raise ValueError(f"problem {self.name!r} has no preset {preset!r}; it has: {known}.")
+        settings = {**self.settings, **self.presets.get(preset or "", {})}
+        for key, value in given.items():
+            if key == "seeds":
+                raise ValueError("the number of seeds is not one of the settings; use --seeds.")
+            if key not in settings:
+                raise ValueError(f"problem {self.name!r} has no setting {key!r}; it has {', '.join(settings)}.")
+            settings[key] = setting(key, value, like=settings[key])
+        settings.pop("seeds", None)
+        protocol = settings.get("protocol")
+        if protocol != "val-selected" and protocol is not None:
+            if self.target:
+                raise ValueError(f"problem {self.name!r} ends at its target: only protocol val-selected applies.")
+            if settings["patience"]:
+                raise ValueError(f"protocol {protocol} trains to the end: leave out patience, or take val-selected.")
+        return settings
+
+    def space(self, settings: Mapping[str, Any]) -> dict[str, Range | Choice]:
+        """Where settings are tuned: the learning rate around its default, weight decay, and dropout if there is any."""
+        space: dict[str, Range | Choice] = {"lr": Range(settings["lr"] / 10, settings["lr"] * 10, log=True)}
+        if not hasattr(self.module, "make_optimizer"):
+            space["weight_decay"] = Range(1e-6, 1e-2, log=True)
+        if "dropout" in inspect.signature(self.module.make_model).parameters:
+            space["dropout"] = Range(0.0, 0.5)
+        return space | getattr(self.module, "ranges", {})
+
+    def data_settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings on which the data depends."""
+        return _filled(self.module.make_data, settings, 0 if self.download is None else 1)
+
+    def make_data(self, settings: Mapping[str, Any], directory: Path | None = None) -> dict[str, Dataset[Any]]:
+        where = () if self.download is None else (directory,)
+        data = self.module.make_data(*where, **self.data_settings(settings))
         missing = [k for k in ("train", "val", "test") if k not in data]
         if missing:
             raise ValueError(
@@ -100,8 +179,8 @@ class Problem:
             )
         return dict(data)
 
-    def make_model(self, tasks: tuple[str, ...]) -> nn.Module:
-        model = self.module.make_model(tasks)
+    def make_model(self, tasks: tuple[str, ...], settings: Mapping[str, Any]) -> nn.Module:
+        model = self.module.make_model(tasks, **_filled(self.module.make_model, settings, 1))
         if not isinstance(model, nn.Module):
             raise TypeError(f"problem {self.name!r}: make_model must return an nn.Module; got {type(model).__name__}.")
         return model
@@ -109,9 +188,18 @@ class Problem:
     def make_optimizer(self, model: nn.Module, settings: dict[str, Any]) -> torch.optim.Optimizer:
         make = getattr(self.module, "make_optimizer", None)
         if make is None:
-            return torch.optim.Adam(model.parameters(), lr=settings["lr"])
+            return torch.optim.Adam(model.parameters(), lr=settings["lr"], weight_decay=settings["weight_decay"])
         optimizer: torch.optim.Optimizer = make(model, settings)
         return optimizer
+
+    def make_scheduler(self, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
+        """The learning rate's schedule, or None."""
+        make = getattr(self.module, "make_scheduler", None)
+        return None if make is None else make(optimizer, settings)
+
+    @property
+    def collate(self) -> Callable[[list[Any]], Any] | None:
+        return getattr(self.module, "collate", None)
 
     def losses(self, model: nn.Module, batch: Any, tasks: tuple[str, ...]) -> dict[str, Tensor]:
         losses = dict(self.module.losses(model, batch, tasks))
@@ -150,6 +238,39 @@ class Problem:
                 )
             result[task] = {m: float(figures[task][m]) for m in declared}
         return result
+
+
+def setting(key: str, value: Any, like: Any) -> Any:
+    """A setting's value of the kind that its default has; YAML and the command line give text for numbers.
+
+    Raises:
+        ValueError: it is of another kind, or impossible.
+    """
+    if key in ONE_OF and value not in ONE_OF[key]:
+        raise ValueError(f"{key} must be one of {', '.join(ONE_OF[key])}; got {value!r}.")
+    if isinstance(like, bool):
+        found = {"true": True, "false": False}.get(str(value).lower())
+        if found is None:
+            raise ValueError(f"{key} must be true or false; got {value!r}.")
+        return found
+    if isinstance(like, str):
+        return str(value)
+    whole = isinstance(like, int)
+    bound = "positive" if key in POSITIVE else "non-negative"
+    kind = f"{bound} whole number" if whole else f"{bound} number"
+    number = value
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            number = float(value)
+    good = isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number < math.inf
+    if not good or (number == 0 and key in POSITIVE) or (whole and number != int(number)):
+        raise ValueError(f"{key} must be a {kind}; got {value!r}.")
+    return int(number) if whole else float(number)
+
+
+def _filled(function: Callable[..., Any], settings: Mapping[str, Any], given: int) -> dict[str, Any]:
+    """The settings that a function has parameters for, beyond the first ``given``."""
+    return {name: settings[name] for name in list(inspect.signature(function).parameters)[given:] if name in settings}
 
 
 def list_problems() -> dict[str, str]:

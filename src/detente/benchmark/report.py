@@ -20,7 +20,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from detente.benchmark.results import EQUAL, SINGLE, Comparison, Estimate, Job, verdict
+from detente.benchmark.results import EQUAL, SINGLE, Comparison, Job, verdict
+from detente.benchmark.statistics import Estimate
 from detente.benchmark.tables import ARROWS, cost_grid, result_grid
 
 COLOURS = 7

@@ -5,8 +5,8 @@ A comparison is a directory written by ``detente compare``: ``comparison.json`` 
 and is bit-for-bit reproducible; everything that was timed stands apart in `Cost`.
 
 Conventions: delta-m is in percent and LOWER is better; its baseline is the mean over seeds of the single-task runs of
-this very comparison. Intervals are 95% Student-t intervals over seeds. They hold the baseline fixed, so they speak of
-the seeds of the method, not of those of the baseline.
+this very comparison. Intervals (see `detente.benchmark.statistics`) hold the baseline fixed, so they speak of the seeds
+of the method, not of those of the baseline.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
-
 from detente.benchmark.metrics import delta_m, mean_rank
+from detente.benchmark.protocol import best_epoch
+from detente.benchmark.statistics import Estimate, holm, paired
 
 SINGLE = "single"
 """Label of the single-task baselines."""
@@ -34,37 +34,6 @@ Directions = Mapping[str, Mapping[str, str]]
 
 class ResultError(ValueError):
     """A directory or file that cannot be read as results; the message names the file and the fix."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds. `by_seed`: one value per seed; not finite where a run diverged."""
-
-    by_seed: Mapping[int, float]
-
-    @property
-    def values(self) -> tuple[float, ...]:
-        return tuple(self.by_seed.values())
-
-    @property
-    def mean(self) -> float:
-        return math.fsum(self.values) / len(self.values) if self.finite else math.nan
-
-    @property
-    def finite(self) -> bool:
-        return all(map(math.isfinite, self.values))
-
-    @property
-    def half_width(self) -> float | None:
-        """Half of the 95% Student-t interval; None for one seed or a diverged run."""
-        if len(self.values) < 2 or not self.finite:
-            return None
-        return float(stats.t.ppf(0.975, len(self.values) - 1)) * self.standard_error
-
-    @property
-    def standard_error(self) -> float:
-        n, mean = len(self.values), self.mean
-        return math.sqrt(math.fsum((value - mean) ** 2 for value in self.values) / (n - 1) / n)
 
 
 @dataclass(frozen=True)
@@ -84,6 +53,8 @@ class Job:
     step_ms: float
     peak_mb: float
     parameters: int
+    score: float = math.nan
+    """Best validation score."""
     diverged: str | None = None
     """Where and why the run stopped, if a loss was no longer finite."""
 
@@ -106,6 +77,8 @@ class Row:
     delta_m_by_task: Estimate | None
     mean_rank: float | None
     conflict_rate: Estimate | None
+    control: str | None = None
+    """``sweep``, ``extracted`` or ``wider`` for a control; None for a method and the baseline."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +98,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Difference:
-    """One method against equal weights, seed by seed, in points of flat delta-m; positive: the method is better.
+    """One row against another (equal weights, or the best fixed ones), seed by seed, in points of flat delta-m.
 
-    `p`: two-sided paired t-test. `p_holm`: the same, corrected by Holm for the number of methods in the comparison.
+    Positive: the row is better. `p`: two-sided paired t-test. `p_holm`: the same, corrected by Holm for the number of
+    methods in the comparison.
     """
 
     label: str
@@ -150,6 +124,22 @@ class Comparison:
     costs: tuple[Cost, ...]
     notes: tuple[str, ...]
     """What a reader has to know before the figures: unfinished runs, diverged runs, metrics left out of delta-m."""
+    sweep: tuple[Row, ...] = ()
+    """Fixed weightings, in the order of the first task's weight; of them `rows` has the one that validation chose."""
+
+    @property
+    def protocol(self) -> str:
+        return str(self.config.get("settings", {}).get("protocol", "val-selected"))
+
+    @property
+    def methods(self) -> tuple[Row, ...]:
+        """The rows that are methods: neither the baseline nor controls."""
+        return tuple(row for row in self.rows if row.label != SINGLE and row.control is None)
+
+    @property
+    def best_fixed(self) -> Row | None:
+        """The fixed weighting that the validation split chose."""
+        return next((row for row in self.rows if row.control == "sweep"), None)
 
     @property
     def columns(self) -> tuple[tuple[str, str], ...]:
@@ -189,8 +179,11 @@ def load_comparison(directory: str | Path) -> Comparison:
 def compare(jobs: Iterable[Job], config: Mapping[str, Any], directory: Path) -> Comparison:
     """The statistics of finished jobs. `config`: the content of ``comparison.json``, tasks included."""
     tasks: Directions = config["tasks"]
-    listed = [label for label in config["methods"] if label != SINGLE]
+    controls: Mapping[str, str] = config.get("controls", {})
+    listed = [*(label for label in config["methods"] if label != SINGLE), *controls]
     jobs = tuple(sorted(jobs, key=lambda job: (job.label, job.task or "", job.seed)))
+    if config.get("settings", {}).get("protocol") == "max-over-training":
+        jobs = _maxima(jobs, tasks)
     single = [job for job in jobs if job.label == SINGLE]
     by_label: dict[str, list[Job]] = {}
     for job in jobs:
@@ -214,7 +207,10 @@ def compare(jobs: Iterable[Job], config: Mapping[str, Any], directory: Path) -> 
         notes.append(f"The single-task baseline is 0 or not finite, so delta-m leaves out: {names}.")
         baseline = {column: value for column, value in baseline.items() if column not in unusable}
 
-    ranks = _ranks(by_label, tasks)
+    fixed = [label for label in by_label if controls.get(label) == "sweep"]
+    chosen = max(fixed, key=lambda label: _validated(by_label[label])) if fixed else None
+    shown = {label: group for label, group in by_label.items() if label not in fixed or label == chosen}
+    ranks = _ranks(shown, tasks)
     rows = []
     for label, group in by_label.items():
         conflicts = {job.seed: job.conflict_rate for job in group if job.conflict_rate is not None}
@@ -227,8 +223,9 @@ def compare(jobs: Iterable[Job], config: Mapping[str, Any], directory: Path) -> 
                 metrics={c: _estimate(group, c) for c in _columns(tasks)},
                 delta_m=flat,
                 delta_m_by_task=by_task,
-                mean_rank=ranks[label],
+                mean_rank=ranks.get(label),
                 conflict_rate=Estimate(conflicts) if conflicts else None,
+                control=controls.get(label),
             )
         )
         if not all(estimate.finite for estimate in rows[-1].metrics.values()):
@@ -244,9 +241,11 @@ def compare(jobs: Iterable[Job], config: Mapping[str, Any], directory: Path) -> 
         order = listed.index(row.label) if row.label in listed else len(listed)
         return (math.inf if math.isnan(value) else value, order, row.label)
 
-    rows.sort(key=position)
+    swept = tuple(sorted((row for row in rows if row.label in fixed), key=lambda row: listed.index(row.label)))
+    rows = sorted((row for row in rows if row.label in shown), key=position)
     rows[:0] = _single_row(single, single_metrics, baseline, tasks)
     notes += _disagreement(rows)
+    notes += _unsolved(by_label)
     return Comparison(
         directory=directory,
         problem=config["problem"],
@@ -257,39 +256,72 @@ def compare(jobs: Iterable[Job], config: Mapping[str, Any], directory: Path) -> 
         rows=tuple(rows),
         costs=tuple(_costs(rows, single, by_label)),
         notes=tuple(notes),
+        sweep=swept,
     )
 
 
-def differences(comparison: Comparison) -> tuple[Difference, ...]:
-    """Every method against equal weights over the seeds they share, best first.
+def _validated(group: Sequence[Job]) -> float:
+    """Mean of the best validation scores: what chooses among fixed weightings, without looking at the test split."""
+    scores = [job.score if math.isfinite(job.score) else -math.inf for job in group]
+    return sum(scores) / len(scores)
 
-    Empty without equal weights or delta-m; a method with fewer than two shared seeds, or a diverged one, is left out.
-    """
-    equal = comparison.row(EQUAL)
-    if equal is None or equal.delta_m is None:
-        return ()
-    reference = equal.delta_m.by_seed
+
+def _maxima(jobs: Sequence[Job], tasks: Directions) -> tuple[Job, ...]:
+    """Jobs with the test figures of the epoch that is best in the mean over seeds, for each label and baseline."""
+    groups: dict[tuple[str, str | None], list[Job]] = {}
+    for job in jobs:
+        groups.setdefault((job.label, job.task), []).append(job)
     found = []
-    for row in comparison.rows:
-        if row.label in (EQUAL, SINGLE) or row.delta_m is None:
+    for group in groups.values():
+        usable = [job for job in group if not job.diverged]
+        epoch = best_epoch(tasks, [job.history for job in usable]) if usable else 0
+        for job in group:
+            if not job.diverged:
+                figures = job.history[epoch - 1]["test"]
+                metrics = {c: _value(figures[c[0]][c[1]]) for c in job.metrics}
+                job = replace(job, metrics=metrics, selected_epoch=epoch)
+            found.append(job)
+    return tuple(found)
+
+
+def _unsolved(by_label: Mapping[str, Sequence[Job]]) -> list[str]:
+    counts = {
+        label: sum(int(row.get("unsolved", 0)) for job in group for row in job.history)
+        for label, group in by_label.items()
+    }
+    return [
+        f"{label}: its solver stopped short of its tolerance {count} times; the best feasible point was used."
+        for label, count in counts.items()
+        if count
+    ]
+
+
+def differences(comparison: Comparison, reference: str = EQUAL) -> tuple[Difference, ...]:
+    """Every method against one row (equal weights) over the seeds they share, best first; controls are not methods.
+
+    Empty without that row or delta-m; a method with fewer than two shared seeds, or a diverged one, is left out.
+    """
+    other = comparison.row(reference)
+    if other is None or other.delta_m is None:
+        return ()
+    found = []
+    for row in comparison.methods:
+        if row.label in (EQUAL, reference) or row.delta_m is None:
             continue
         own = row.delta_m.by_seed
-        points = Estimate({seed: reference[seed] - own[seed] for seed in own if seed in reference})
+        points = Estimate({seed: value - own[seed] for seed, value in other.delta_m.by_seed.items() if seed in own})
         if len(points.values) >= 2 and points.finite:
-            found.append((row.label, points, _p_value(points)))
-    found.sort(key=lambda item: item[2])
-    corrected, least = [], 0.0
-    for index, (label, points, p) in enumerate(found):
-        least = max(least, min(1.0, p * (len(found) - index)))
-        corrected.append(Difference(label, points, p, least))
-    return tuple(sorted(corrected, key=lambda item: (-item.points.mean, item.label)))
+            found.append((row.label, points, paired(points)))
+    corrected = holm([p for *_, p in found])
+    items = [Difference(label, points, p, least) for (label, points, p), least in zip(found, corrected, strict=True)]
+    return tuple(sorted(items, key=lambda item: (-item.points.mean, item.label)))
 
 
 def verdict(comparison: Comparison) -> str:
-    """One or two plain sentences: is any method better or worse than equal weights, and how sure is that?
+    """A few plain sentences: is any method better or worse than equal weights, and than the best fixed ones; how sure?
 
-    A method counts where its Holm-corrected p is below 0.05. The interval beside it is the plain 95% one of the paired
-    difference, not corrected for the number of methods.
+    A method counts where its Holm-corrected p is below 0.05. The interval beside it is Student's 95% one of the paired
+    difference, which fits the test, and is not corrected for the number of methods.
     """
     n = len(comparison.seeds)
     equal = comparison.row(EQUAL)
@@ -297,41 +329,61 @@ def verdict(comparison: Comparison) -> str:
         return f"There is no run with equal weights ({EQUAL}), so there is nothing to lay the methods beside."
     if equal.delta_m is None:
         return "There is no single-task baseline, so delta-m is absent and no method can be judged by it."
-    if all(row.label in (EQUAL, SINGLE) for row in comparison.rows):
+    if all(row.label == EQUAL for row in comparison.methods):
         return "Equal weights is the only method here, so there is nothing to lay beside it."
     if n < 3:  # a t-test on two differences that happen to be alike is sure of anything
         few = "One seed" if n == 1 else "Two seeds"
         return f"{few} cannot tell a method from equal weights: run the comparison again with three seeds or more."
+    equals = f"{'tuned ' if comparison.config.get('tuning') else ''}equal weights"
     found = differences(comparison)
-    lost = [row.label for row in comparison.rows if row.delta_m is not None and not row.delta_m.finite]
+    lost = [row.label for row in comparison.methods if row.delta_m is not None and not row.delta_m.finite]
     gone = f" {_listed(lost)} diverged and cannot be judged." if lost and found else ""
     if not found:
         return "No method shares two or more usable seeds with equal weights, so none can be judged."
+    fixed = _against_fixed(comparison)
     sure = [item for item in found if item.p_holm < 0.05]
     methods = f"{len(found)} method{'s' * (len(found) != 1)}"
     test = f"Paired t-tests, Holm-corrected for {methods}; the intervals are not corrected."
+    if comparison.protocol != "val-selected":
+        test += (
+            f" Protocol {comparison.protocol}: chosen with the test split in view, so not an estimate for unseen data."
+        )
     if not sure:
-        claim = _claim(found[:1])
-        return f"No method is distinguishable from equal weights at {n} seeds. By its mean, {claim}.{gone} {test}"
+        claim = _claim(found[:1], equals)
+        return f"No method is distinguishable from {equals} at {n} seeds. By its mean, {claim}.{fixed}{gone} {test}"
     better = [item for item in sure if item.points.mean > 0]
     worse = [item for item in reversed(sure) if item.points.mean < 0]
-    text = ". ".join(_claim(group) for group in (better, worse) if group)
+    text = ". ".join(_claim(group, equals) for group in (better, worse) if group)
+    none = "" if better else f"No method beats {equals} here. "
     unsure = [item.label for item in found if item not in sure]
     names = _listed(unsure) if 0 < len(unsure) <= 6 else f"The other {len(unsure)} methods"
-    rest = f" {names} cannot be told from equal weights." if unsure else ""
-    return f"On {comparison.problem} over {n} seeds, {text}.{rest}{gone} {test}"
+    rest = f" {names} cannot be told from {equals}." if unsure else ""
+    return f"{none}On {comparison.problem} over {n} seeds, {text}.{rest}{fixed}{gone} {test}"
 
 
-def _claim(items: Sequence[Difference]) -> str:
+def _against_fixed(comparison: Comparison) -> str:
+    """The sentence on the best fixed weights; empty without a sweep."""
+    best = comparison.best_fixed
+    if best is None:
+        return ""
+    found = differences(comparison, best.label)
+    beaten = [item.label for item in found if item.p_holm < 0.05 and item.points.mean > 0]
+    if not beaten:
+        return f" No method beats the best fixed weights here, {best.label}."
+    return f" Better than the best fixed weights, {best.label}, too: {_listed(beaten)}."
+
+
+def _claim(items: Sequence[Difference], equals: str) -> str:
     """ "a is better than equal weights by 3.9 points of delta-m (95% interval ... 3.6 to 4.2) and b by 2.4 (...)"."""
     sign = 1 if items[0].points.mean >= 0 else -1
     parts = []
     for index, item in enumerate(items):
-        mean, half = sign * item.points.mean, item.points.half_width or 0.0
-        comparative = f" is {'better' if sign > 0 else 'worse'} than equal weights" if index == 0 else ""
+        mean = sign * item.points.mean
+        low, high = sorted(sign * end for end in item.points.student())
+        comparative = f" is {'better' if sign > 0 else 'worse'} than {equals}" if index == 0 else ""
         unit = " points of delta-m" if index == 0 else ""
         head = "95% interval of the paired difference " if index == 0 else ""
-        interval = f"({head}{_number(mean - half)} to {_number(mean + half)})"
+        interval = f"({head}{_number(low)} to {_number(high)})"
         parts.append(f"{item.label}{comparative} by {_number(mean)}{unit} {interval}")
     return _listed(parts)
 
@@ -344,13 +396,6 @@ def _number(value: float) -> str:
     """At least one decimal and two significant digits, so that a small interval does not read '0.0 to 0.0'."""
     digits = 1 if value == 0 else min(4, max(1, 1 - math.floor(math.log10(abs(value)))))
     return f"{value:.{digits}f}"
-
-
-def _p_value(points: Estimate) -> float:
-    """Two-sided t-test that the mean is 0. Seeds that all agree to the last bit are certain: p is 0, or 1 at zero."""
-    if points.standard_error == 0:
-        return 1.0 if points.mean == 0 else 0.0
-    return float(2 * stats.t.sf(abs(points.mean) / points.standard_error, len(points.values) - 1))
 
 
 def _columns(tasks: Directions) -> tuple[tuple[str, str], ...]:
@@ -482,6 +527,7 @@ def _read_job(path: Path, tasks: Directions, fix: str) -> Job:
             step_ms=float(cost["step_ms"]),
             peak_mb=float(cost["peak_mb"]),
             parameters=int(cost["parameters"]),
+            score=_value(content.get("score")),
             diverged=_divergence(content.get("diverged")),
         )
     except KeyError as error:

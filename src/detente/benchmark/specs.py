@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,17 @@ class Spec:
         else:
             spec.build()
         return spec
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Names of the options that are written out."""
+        return tuple(_keywords(_parse(self.label), self.label))
+
+    def having(self, options: Mapping[str, Any]) -> Spec:
+        """The same method with further options; the name of a method stands for that method."""
+        known = {key: ast.unparse(value) for key, value in _keywords(_parse(self.label), self.label).items()}
+        known |= {key: value if value in list_methods() else repr(value) for key, value in options.items()}
+        return Spec.parse(f"{self.method}({', '.join(f'{key}={value}' for key, value in known.items())})")
 
     def build(self, model: nn.Module | None = None, epochs: int | None = None, seed: int = 0) -> Method:
         """The method; those that draw random numbers are seeded with ``seed`` unless the options say otherwise."""

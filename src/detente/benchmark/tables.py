@@ -1,9 +1,10 @@
 """The result and the cost table, for the terminal (rich), Markdown, LaTeX and as tidy CSV.
 
-Every form shows the same `Grid`. A cell is "mean ± half of the 95% interval over seeds"; one seed has no interval and
-shows "-" in its place. Bold marks the best mean among the multi-task methods, which is not yet a sure difference: see
-`detente.benchmark.results.verdict`. The single-task row is the reference and never competes. Only `results_csv` has
-full precision; it has no timings and is the same to the last bit whenever the results are.
+Every form shows the same `Grid`. A cell is "mean ± distance to the farther end of the 95% interval over seeds" (both
+ends stand in `results_csv`); one seed has no interval and shows "-" in its place. Bold marks the best mean among the
+multi-task methods, which is not yet a sure difference: see `detente.benchmark.results.verdict`. The single-task row is
+the reference and never competes. Only `results_csv` has full precision; it has no timings and is the same to the last
+bit whenever the results are.
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from detente.benchmark.results import SINGLE, Comparison, Estimate, Row
+from detente.benchmark.results import SINGLE, Comparison, Row
+from detente.benchmark.statistics import Estimate
 
 Direction = Literal["max", "min"]
 ARROWS = {"max": "↑", "min": "↓"}
@@ -121,6 +123,32 @@ def cost_table(comparison: Comparison) -> Table:
     return _rich(grid, range(len(grid.columns)), "cost, mean over seeds", with_group=False)
 
 
+def tuning_table(content: Mapping[str, Any]) -> Table:
+    """What tuning found, for the terminal: the best validation score of each run, that of the defaults, the choice."""
+    title = f"tuning, {content['trials']} trials each; validation score, more is better"
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, collapse_padding=True)
+    for name, justify in (("run", "left"), ("defaults", "right"), ("best", "right"), ("chosen", "left")):
+        table.add_column(name, justify="right" if justify == "right" else "left", no_wrap=name != "chosen")
+    for name, first, best, chosen in tuning_rows(content):
+        table.add_row(name, first, best, chosen)
+    return table
+
+
+def tuning_rows(content: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Per run: its name, the score of the defaults, the best score, and what was chosen."""
+
+    def text(score: float | None) -> str:
+        return "failed" if score is None else f"{score:.4f}"
+
+    rows = []
+    for name, run in content["runs"].items():
+        trials = run["trials"]
+        settings = ", ".join(f"{key}={value:.3g}" for key, value in run["settings"].items())
+        chosen = ", ".join(filter(None, [run["method"] if "(" in run["method"] else "", settings]))
+        rows.append((name, text(trials[0]["score"]), text(trials[run["trial"]]["score"]), chosen or "the defaults"))
+    return rows
+
+
 def results_csv(comparison: Comparison) -> str:
     """Tidy, one figure a line: label, method, task, metric, direction, seed, value; full precision, no timings.
 
@@ -128,7 +156,8 @@ def results_csv(comparison: Comparison) -> str:
     delta-m, the mean rank and the conflict rate have no task and, the last, no direction.
     """
     lines: list[Sequence[object]] = [("label", "method", "task", "metric", "direction", "seed", "value")]
-    for row in comparison.rows:
+    fixed = [row for row in comparison.sweep if row not in comparison.rows]
+    for row in [*comparison.rows, *fixed]:
 
         def add(task: str, metric: str, direction: str, estimate: Estimate | None, row: Row = row) -> None:
             if estimate is None:
@@ -136,9 +165,8 @@ def results_csv(comparison: Comparison) -> str:
             head = (row.label, row.method, task, metric, direction)
             lines.extend((*head, seed, repr(value)) for seed, value in estimate.by_seed.items())
             lines.append((*head, "mean", repr(estimate.mean)))
-            if (half := estimate.half_width) is not None:
-                lines.append((*head, "low", repr(estimate.mean - half)))
-                lines.append((*head, "high", repr(estimate.mean + half)))
+            for name, end in zip(("low", "high"), estimate.interval or (), strict=False):
+                lines.append((*head, name, repr(end)))
 
         for task, metric in comparison.columns:
             add(task, metric, comparison.tasks[task][metric], row.metrics.get((task, metric)))

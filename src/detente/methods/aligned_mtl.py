@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from detente.method import Centred, Context, Paper, Weights, one_of
+from detente.method import Centred, Choice, Context, Paper, Ranges, Weights, one_of
 from detente.solvers import Array, least, namespace, spectrum, times
 
 __all__ = ["AlignedMTL"]
@@ -56,6 +56,7 @@ class AlignedMTL(Centred):
         2023,
         "2305.19000",
     )
+    ranges: ClassVar[Ranges] = {"scale": Choice(("min", "median", "rmse"))}
 
     def __init__(
         self,

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from detente.method import Context, LossWeighting, Paper, Session, TaskScalars, Update, at_least
+from detente.method import (
+    Context,
+    LossWeighting,
+    Paper,
+    Range,
+    Ranges,
+    Session,
+    TaskScalars,
+    Update,
+    at_least,
+)
 
 __all__ = ["AutoLambda"]
 
@@ -61,6 +71,7 @@ class AutoLambda(LossWeighting):
         "2202.03091",
         "article",
     )
+    ranges: ClassVar[Ranges] = {"lr": Range(1e-5, 1e-2, log=True)}
     backwards = "3, and 5 forward passes"
     memory = "T weights, Adam"
     state = ("lambdas",)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from detente.method import Centred, Context, Paper, Weights, at_least
+from detente.method import Centred, Context, Paper, Range, Ranges, Weights, at_least
 from detente.solvers import Array, ball, floor, namespace, times
 
 __all__ = ["CAGrad"]
@@ -63,6 +63,7 @@ class CAGrad(Centred):
         2021,
         "2110.14048",
     )
+    ranges: ClassVar[Ranges] = {"c": Range(0.1, 0.9)}
 
     def __init__(
         self,

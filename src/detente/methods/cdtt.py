@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from detente.method import Context, GramianMethod, Paper, at_least, one_of
+from detente.method import Context, GramianMethod, Paper, Range, Ranges, at_least, one_of
 from detente.methods.edm import equiangular
 from detente.solvers import Array, diagonal, times
 
@@ -74,6 +74,7 @@ class CDTT(GramianMethod):
         2022,
         "2204.06698",
     )
+    ranges: ClassVar[Ranges] = {"alpha": Range(0.05, 0.95), "window": Range(3, 100, log=True, whole=True)}
     needs = frozenset({"gramian", "losses"})
     memory = "T x window x B norms"
     homogeneity = None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
-from detente.method import Context, GramianMethod, Paper, one_of
+from detente.method import Choice, Context, GramianMethod, Paper, Ranges, one_of
 from detente.solvers import Array, any_of, equal_products, floor, least, most, namespace, real, times, total, unit
 
 __all__ = ["ConFIG"]
@@ -50,6 +50,7 @@ class ConFIG(GramianMethod):
         2025,
         "2408.11104",
     )
+    ranges: ClassVar[Ranges] = {"length": Choice(("projection", "min", "max", "mean", "harmonic"))}
     row_scale = ("direction", "linear")
 
     def __init__(

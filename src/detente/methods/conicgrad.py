@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
-from detente.method import Centred, Context, Paper, Weights, at_least
+from detente.method import Centred, Context, Paper, Range, Ranges, Weights, at_least
 from detente.solvers import EPS, Array, ball, floor, identity, min_norm, namespace, real, times
 
 __all__ = ["ConicGrad"]
@@ -55,6 +55,7 @@ class ConicGrad(Centred):
         "2502.00217",
         "misc",
     )
+    ranges: ClassVar[Ranges] = {"c": Range(0.1, 0.95)}
 
     def __init__(
         self,

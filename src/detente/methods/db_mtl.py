@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from detente.method import Context, GramianMethod, Paper, TaskRows, at_least
+from detente.method import Context, GramianMethod, Paper, Range, Ranges, TaskRows, at_least
 from detente.methods.si import SI
 from detente.solvers import Array, diagonal, most, namespace, unit
 
@@ -55,6 +55,7 @@ class DBMTL(GramianMethod):
         "2308.12029",
         "misc",
     )
+    ranges: ClassVar[Ranges] = {"beta": Range(0.1, 0.95), "decay": Range(0.0, 0.5)}
     kind = "jacobian"
     row_scale = ("direction",)
     needs = frozenset({"gramian", "losses"})

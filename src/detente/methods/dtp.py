@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from detente.method import Context, LossWeighting, Paper, at_least
+from detente.method import Context, LossWeighting, Paper, Range, Ranges, at_least
 
 __all__ = ["DTP"]
 
@@ -47,6 +48,7 @@ class DTP(LossWeighting):
         "European Conference on Computer Vision",
         2018,
     )
+    ranges: ClassVar[Ranges] = {"gamma": Range(0.5, 3.0), "momentum": Range(0.1, 0.9)}
     needs = frozenset({"losses", "metrics"})
     state = ("figures",)
     floor = 1e-6

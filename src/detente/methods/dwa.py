@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from detente.method import Context, EpochWeighting, Paper, at_least
+from detente.method import Context, EpochWeighting, Paper, Range, Ranges, at_least
 
 __all__ = ["DWA"]
 
@@ -47,6 +49,7 @@ class DWA(EpochWeighting):
         2019,
         "1803.10704",
     )
+    ranges: ClassVar[Ranges] = {"temperature": Range(0.5, 5.0, log=True)}
     depth = 2
 
     def __init__(self, temperature: float = 2.0, window: int | None = None) -> None:

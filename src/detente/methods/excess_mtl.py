@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from detente.method import Context, GramianMethod, Paper, TaskRows, at_least
+from detente.method import Context, GramianMethod, Paper, Range, Ranges, TaskRows, at_least
 from detente.solvers import Array
 
 __all__ = ["ExcessMTL"]
@@ -57,6 +57,7 @@ class ExcessMTL(GramianMethod):
         2024,
         "2402.02009",
     )
+    ranges: ClassVar[Ranges] = {"eta": Range(1e-3, 1.0, log=True)}
     kind = "jacobian"
     heads = "weighted"
     homogeneity = None

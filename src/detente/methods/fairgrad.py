@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
-from detente.method import Context, GramianMethod, Paper, at_least
+from detente.method import Context, GramianMethod, Paper, Range, Ranges, at_least
 from detente.solvers import Array, bargain, unit
 
 __all__ = ["FairGrad"]
@@ -50,6 +50,7 @@ class FairGrad(GramianMethod):
         2024,
         "2402.15638",
     )
+    ranges: ClassVar[Ranges] = {"alpha": Range(0.5, 5.0, log=True)}
     nonconflicting = True
     homogeneity = -1 / 3
 

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from detente.method import Context, LossWeighting, Paper, Session, TaskScalars, Update, at_least
+from detente.method import (
+    Context,
+    LossWeighting,
+    Paper,
+    Range,
+    Ranges,
+    Session,
+    TaskScalars,
+    Update,
+    at_least,
+)
 
 __all__ = ["FAMO"]
 
@@ -51,6 +62,7 @@ class FAMO(LossWeighting):
         2023,
         "2306.03792",
     )
+    ranges: ClassVar[Ranges] = {"lr": Range(1e-3, 1e-1, log=True), "weight_decay": Range(1e-4, 1e-1, log=True)}
     needs = frozenset({"losses", "losses after the step"})
     memory = "T logits, Adam"
     state = ("logits",)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from detente.method import Context, GramianMethod, Paper, Seeded, at_least
+from detente.method import Context, GramianMethod, Paper, Range, Ranges, Seeded, at_least
 from detente.solvers import Array, namespace
 
 __all__ = ["GradDrop"]
@@ -57,6 +57,7 @@ class GradDrop(Seeded, GramianMethod):
         2020,
         "2010.06808",
     )
+    ranges: ClassVar[Ranges] = {"leak": Range(0.0, 0.5)}
     kind = "jacobian"
     spans = False
     exempt = {"blocks": "draws one number per coordinate, in the order of the buffers"}  # noqa: RUF012

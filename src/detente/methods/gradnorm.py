@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from detente.gramian import Partition
-from detente.method import Context, GramianMethod, Paper, TaskScalars, at_least
+from detente.method import Context, GramianMethod, Paper, Range, Ranges, TaskScalars, at_least
 from detente.solvers import Array, diagonal
 
 __all__ = ["GradNorm"]
@@ -59,6 +59,7 @@ class GradNorm(GramianMethod):
         2018,
         "1711.02257",
     )
+    ranges: ClassVar[Ranges] = {"alpha": Range(0.1, 3.0), "lr": Range(1e-3, 1e-1, log=True)}
     heads = "weighted"
     needs = frozenset({"gramian", "losses"})
     memory = "T logits, Adam; T losses"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 
-from detente.method import Context, GramianMethod, Paper, Seeded, at_least
+from detente.method import Context, GramianMethod, Paper, Range, Ranges, Seeded, at_least
 from detente.solvers import Array, unit
 
 __all__ = ["GradVac"]
@@ -56,6 +56,7 @@ class GradVac(Seeded, GramianMethod):
         2021,
         "2010.05874",
     )
+    ranges: ClassVar[Ranges] = {"beta": Range(0.01, 0.9, log=True)}
     row_scale = ("linear",)
     memory = "T x T x B targets, generator"
     state = ("generator", "names", "targets")

@@ -36,6 +36,7 @@ class IMTL(IMTLG):
     """
 
     name = "imtl"
+    ranges = IMTLL.ranges
     needs = frozenset({"gramian", "losses"})
     memory = "T scales, Adam"
 

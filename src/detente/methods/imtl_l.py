@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
-from detente.method import Context, LossWeighting, Paper, TaskScalars, at_least
+from detente.method import Context, LossWeighting, Paper, Range, Ranges, TaskScalars, at_least
 
 __all__ = ["IMTLL"]
 
@@ -45,6 +47,7 @@ class IMTLL(LossWeighting):
 
     name = "imtl_l"
     paper = PAPER
+    ranges: ClassVar[Ranges] = {"lr": Range(1e-3, 1e-1, log=True)}
     positive_losses = True
     memory = "T scales, Adam"
     state = ("scales",)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from detente.method import Context, EpochWeighting, Paper, at_least
+from detente.method import Context, EpochWeighting, Paper, Range, Ranges, at_least
 
 __all__ = ["LossPower"]
 
@@ -44,6 +46,7 @@ class LossPower(EpochWeighting):
         2024,
         "2409.01793",
     )
+    ranges: ClassVar[Ranges] = {"gamma": Range(0.25, 3.0)}
     positive_losses = True
 
     def __init__(self, gamma: float = 1.0, window: int | None = None) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
-from detente.method import Context, GramianMethod, Paper, need_losses, one_of
+from detente.method import Choice, Context, GramianMethod, Paper, Ranges, need_losses, one_of
 from detente.solvers import Array, diagonal, like, min_norm, namespace
 
 __all__ = ["MGDA"]
@@ -53,6 +53,7 @@ class MGDA(GramianMethod):
         2018,
         "1810.04650",
     )
+    ranges: ClassVar[Ranges] = {"normalise": Choice(("none", "l2", "loss", "loss+"))}
     heads = "weighted"
     nonconflicting = True
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from detente.method import Context, GramianMethod, Paper, TaskRows, at_least, fit_blocks
+from detente.method import Context, GramianMethod, Paper, Range, Ranges, TaskRows, at_least, fit_blocks
 from detente.solvers import Array, on_simplex, times
 
 __all__ = ["MoCo"]
@@ -57,6 +57,7 @@ class MoCo(GramianMethod):
         2023,
         "2210.12624",
     )
+    ranges: ClassVar[Ranges] = {"beta": Range(0.1, 0.99), "gamma": Range(0.01, 1.0, log=True), "rho": Range(0.0, 0.5)}
     kind = "jacobian"
     heads = "weighted"
     homogeneity = None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from detente.method import Context, GramianMethod, Paper, at_least, fit_blocks
+from detente.method import Context, GramianMethod, Paper, Range, Ranges, at_least, fit_blocks
 from detente.solvers import Array, on_simplex, times
 
 __all__ = ["MoDo"]
@@ -56,6 +56,7 @@ class MoDo(GramianMethod):
         2023,
         "2305.20057",
     )
+    ranges: ClassVar[Ranges] = {"gamma": Range(0.01, 1.0, log=True), "rho": Range(0.0, 0.5)}
     heads = "weighted"
     homogeneity = None
     memory = "T x B weights"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from detente.method import Context, GramianMethod, at_least
+from detente.method import Choice, Context, GramianMethod, Ranges, at_least
 from detente.methods.si import SI
 from detente.solvers import Array, bargain, floor, namespace, times, unit
 
@@ -50,6 +50,7 @@ class NashMTL(GramianMethod):
     """
 
     name = "nash_mtl"
+    ranges: ClassVar[Ranges] = {"update_every": Choice((1, 5, 20))}
     paper = SI.paper
     heads = "weighted"
     homogeneity = 0.0

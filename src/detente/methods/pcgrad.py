@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 
-from detente.method import Context, GramianMethod, Paper, Seeded, one_of
+from detente.method import Choice, Context, GramianMethod, Paper, Ranges, Seeded, one_of
 from detente.solvers import Array, unit
 
 __all__ = ["PCGrad"]
@@ -51,6 +51,7 @@ class PCGrad(Seeded, GramianMethod):
         2020,
         "2001.06782",
     )
+    ranges: ClassVar[Ranges] = {"reduction": Choice(("sum", "mean"))}
     row_scale = ("linear",)
 
     def __init__(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from detente.method import Context, LossWeighting, Paper, Seeded, one_of
+from detente.method import Choice, Context, LossWeighting, Paper, Ranges, Seeded, one_of
 
 __all__ = ["RLW"]
 
@@ -45,6 +45,7 @@ class RLW(Seeded, LossWeighting):
         "2111.10603",
         "article",
     )
+    ranges: ClassVar[Ranges] = {"distribution": Choice(("normal", "uniform", "dirichlet", "bernoulli"))}
     needs = frozenset()
 
     def __init__(

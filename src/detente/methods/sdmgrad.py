@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from detente.method import Centred, Context, Paper, Weights, at_least, fit_blocks
+from detente.method import Centred, Context, Paper, Range, Ranges, Weights, at_least, fit_blocks
 from detente.solvers import Array, diagonal, least, namespace, on_simplex, simplex_qp, times, unit
 
 __all__ = ["SDMGrad"]
@@ -60,6 +60,7 @@ class SDMGrad(Centred):
         2023,
         "2305.18409",
     )
+    ranges: ClassVar[Ranges] = {"strength": Range(0.1, 10.0, log=True)}
     memory = "T x B weights (batches > 1)"
 
     def __init__(

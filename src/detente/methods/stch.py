@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from detente.method import Context, EpochWeighting, Paper, at_least
+from detente.method import Context, EpochWeighting, Paper, Range, Ranges, at_least
 
 __all__ = ["STCH"]
 
@@ -52,6 +54,7 @@ class STCH(EpochWeighting):
         2024,
         "2402.19078",
     )
+    ranges: ClassVar[Ranges] = {"mu": Range(0.1, 10.0, log=True)}
     positive_losses = True
     memory = "T nadirs"
     state = ("history", "nadir", "epoch")

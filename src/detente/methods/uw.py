@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
-from detente.method import Context, LossWeighting, Paper, TaskScalars, at_least
+from detente.method import Context, LossWeighting, Paper, Range, Ranges, TaskScalars, at_least
 
 __all__ = ["UW"]
 
@@ -46,6 +48,7 @@ class UW(LossWeighting):
         2018,
         "1705.07115",
     )
+    ranges: ClassVar[Ranges] = {"lr": Range(1e-3, 1e-1, log=True)}
     state = ("log_variances",)
 
     def __init__(self, lr: float = 0.025, init: float = 0.0) -> None:

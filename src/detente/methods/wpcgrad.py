@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from detente.method import Context, GramianMethod, Paper, Seeded, TaskWeights, Weights, one_of
+from detente.method import (
+    Choice,
+    Context,
+    GramianMethod,
+    Paper,
+    Ranges,
+    Seeded,
+    TaskWeights,
+    Weights,
+    one_of,
+)
 from detente.solvers import EPS, Array, times, unit
 
 __all__ = ["WPCGrad"]
@@ -67,6 +77,10 @@ class WPCGrad(Seeded, GramianMethod):
         2024,
         "2409.01793",
     )
+    ranges: ClassVar[Ranges] = {
+        "priority": Choice((None, "loss_power", "dwa", "dtp")),
+        "reduction": Choice(("sum", "mean")),
+    }
     row_scale = ("linear",)
 
     def __init__(

@@ -12,9 +12,10 @@ import torch
 from rich.console import Console
 
 import detente
+from detente.benchmark.engines import local
+from detente.benchmark.plan import Plan
 from detente.benchmark.problem import load_problem
 from detente.benchmark.problems import logic
-from detente.benchmark.runner import jobs_of, run_jobs
 from detente.benchmark.specs import Spec
 
 BOTH = ("xor", "and")
@@ -23,9 +24,8 @@ BOTH = ("xor", "and")
 def train(root: Path, labels: list[str], seeds: range, epochs: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Results of the methods (without baselines), and errors."""
     problem = load_problem("logic")
-    settings = {k: v for k, v in problem.settings.items() if k != "seeds"}
-    jobs = jobs_of(problem, [Spec.parse(label) for label in labels], seeds, {**settings, "epochs": epochs})
-    errors = run_jobs([job for job in jobs if job.task is None], root, 2, lambda _: None)
+    (jobs,) = Plan(problem, [Spec.parse(label) for label in labels], seeds, problem.settle({"epochs": epochs})).jobs()
+    errors = local.run([job for job in jobs if job.task is None], root, 2, lambda _: None)
     return [json.loads(path.read_text()) for path in sorted(root.glob("runs/*/*/result.json"))], errors
 
 

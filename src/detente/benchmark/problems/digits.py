@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from detente.benchmark.models import layers
+from detente.benchmark.models.layers import block, scaled
+
 SHIFT = 2  # pixels down and to the right, from the left digit to the right one
 # share of the source digits, number of pairs made from them
 SPLITS = {"train": (0.60, 10_000), "val": (0.15, 2_000), "test": (0.25, 4_000)}
 
 tasks: dict[str, dict[str, str]] = {"left": {"accuracy": "max"}, "right": {"accuracy": "max"}}
-settings: dict[str, float] = {"epochs": 12, "batch_size": 128, "lr": 5e-3, "seeds": 5}
+settings: dict[str, float] = {"epochs": 12, "batch_size": 128, "lr": 5e-3, "width": 1.0, "dropout": 0.0, "seeds": 5}
 
 
 def make_data() -> dict[str, Dataset[tuple[Tensor, ...]]]:
@@ -48,23 +51,28 @@ def make_data() -> dict[str, Dataset[tuple[Tensor, ...]]]:
 
 
 class DigitsNet(nn.Module):
-    """A shared trunk of three convolutions with batch norm, and a linear head per task."""
+    """A shared trunk of three convolutions with batch norm, and a linear head per task.
 
-    def __init__(self, tasks: tuple[str, ...]) -> None:
+    ``width`` multiplies the channels, 8, 12 and 12; ``dropout`` is the rate before the heads.
+    """
+
+    def __init__(self, tasks: tuple[str, ...], width: float = 1.0, dropout: float = 0.0) -> None:
         super().__init__()
+        a, b = scaled(8, width), scaled(12, width)
         pool = nn.MaxPool2d(2)
-        self.trunk = nn.Sequential(*_block(1, 8), pool, *_block(8, 12), pool, *_block(12, 12), nn.Flatten())
-        self.heads = nn.ModuleDict({task: nn.Linear(12 * 2 * 2, 10) for task in tasks})
+        self.trunk = nn.Sequential(*block(1, a), pool, *block(a, b), pool, *block(b, b), nn.Flatten())
+        self.dropout = layers.dropout(dropout)
+        self.heads = nn.ModuleDict({task: nn.Linear(b * 2 * 2, 10) for task in tasks})
 
     def forward(self, images: Tensor, tasks: tuple[str, ...]) -> dict[str, Tensor]:
         """Class scores [B, 10] of each requested task for images [B, 1, 10, 10]."""
-        features = self.trunk(images)
+        features = self.dropout(self.trunk(images))
         return {task: self.heads[task](features) for task in tasks}
 
 
-def make_model(tasks: tuple[str, ...]) -> nn.Module:
+def make_model(tasks: tuple[str, ...], width: float = 1.0, dropout: float = 0.0) -> nn.Module:
     """A fresh network with a head for each of ``tasks``."""
-    return DigitsNet(tasks)
+    return DigitsNet(tasks, width, dropout)
 
 
 def losses(model: nn.Module, batch: tuple[Tensor, ...], tasks: tuple[str, ...]) -> dict[str, Tensor]:
@@ -88,7 +96,3 @@ def metrics(model: nn.Module, data: Dataset[tuple[Tensor, ...]], tasks: tuple[st
 def _labels(batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
     _, left, right = batch
     return {"left": left, "right": right}
-
-
-def _block(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
-    return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from detente.benchmark.metrics import angle_errors, depth_errors, segmentation
+from detente.benchmark.models.unet import UNet
 
 tasks: dict[str, dict[str, str]] = {
     "segmentation": {"miou": "max", "pixel_accuracy": "max"},
@@ -38,9 +39,10 @@ tasks: dict[str, dict[str, str]] = {
         "within_30": "max",
     },
 }
-settings: dict[str, float] = {"epochs": 30, "batch_size": 16, "lr": 1e-3}
+settings: dict[str, float] = {"epochs": 30, "batch_size": 16, "lr": 1e-3, "width": 1.0, "dropout": 0.0}
 classes = ("floor", "ceiling", "wall", "rug", "picture", "box", "cabinet", "ball")
 
+CHANNELS = {"segmentation": len(classes), "depth": 1, "normals": 3}
 SIZES = {"train": 400, "val": 96, "test": 96}
 FLOOR, CEILING, WALL, RUG, PICTURE, BOX, CABINET, BALL = range(len(classes))
 HALF_VIEW = 0.75  # tangent of half the field of view (74 degrees): focal length 42.7 pixels for 64
@@ -58,9 +60,9 @@ def make_data() -> dict[str, Dataset[tuple[Tensor, ...]]]:
     return splits
 
 
-def make_model(tasks: tuple[str, ...]) -> nn.Module:
+def make_model(tasks: tuple[str, ...], width: float = 1.0, dropout: float = 0.0) -> nn.Module:
     """A small U-Net shared by all tasks, with one head per task."""
-    return UNet(tasks)
+    return UNet({task: CHANNELS[task] for task in tasks}, width, dropout)
 
 
 def losses(model: nn.Module, batch: Sequence[Tensor], tasks: tuple[str, ...]) -> dict[str, Tensor]:
@@ -97,33 +99,6 @@ def mirror(batch: Sequence[Tensor], chosen: Tensor) -> tuple[Tensor, ...]:
     return tuple(
         torch.where(chosen.view(-1, *[1] * (old.ndim - 1)), new, old) for new, old in zip(flipped, batch, strict=True)
     )
-
-
-class UNet(nn.Module):
-    """Encoder-decoder with skip connections, shared but for one linear layer per task.
-
-    Maps [N, 3, H, W] to {task: [N, channels, H, W]}; H and W must be multiples of 8.
-    """
-
-    def __init__(self, tasks: tuple[str, ...]) -> None:
-        super().__init__()
-        self.down = nn.ModuleList([_block(3, 16), _block(16, 32), _block(32, 64), _block(64, 128)])
-        self.up = nn.ModuleList([_block(128 + 64, 64), _block(64 + 32, 32), _block(32 + 16, 16)])
-        channels = {"segmentation": len(classes), "depth": 1, "normals": 3}
-        self.heads = nn.ModuleDict({task: nn.Conv2d(16, channels[task], 1) for task in tasks})
-
-    def forward(self, image: Tensor) -> dict[str, Tensor]:
-        levels = [self.down[0](image.contiguous(memory_format=torch.channels_last))]  # a third faster on CPUs
-        for block in self.down[1:]:
-            levels.append(block(F.max_pool2d(levels[-1], 2)))
-        x = levels.pop()
-        for block in self.up:
-            x = block(torch.cat([F.interpolate(x, scale_factor=2.0), levels.pop()], dim=1))
-        return {task: head(x) for task, head in self.heads.items()}
-
-
-def _block(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 # The rooms. World: metres, y up, origin in the room's middle. Camera, and so the labels: x right, y down, z forward.

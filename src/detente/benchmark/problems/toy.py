@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 from detente.benchmark.files import read_checkpoint, write_checkpoint, write_json
-from detente.benchmark.runner import Event, Job
+from detente.benchmark.job import Event, Job
 from detente.benchmark.specs import Spec
 from detente.method import Context, GramianMethod, LossWeighting, Method, method_class
 
@@ -101,7 +101,7 @@ def compare(
     specs: Sequence[Spec], settings: dict[str, Any], directory: Path, progress: Callable[[Event], None]
 ) -> None:
     """Run all methods from all starts at once; goes on from its checkpoint after an interruption."""
-    jobs = [[Job("toy", spec.label, None, k, settings) for k in range(len(STARTS))] for spec in specs]
+    jobs = [[Job("toy", spec.label, spec.label, None, k, settings) for k in range(len(STARTS))] for spec in specs]
     if all((job.directory(directory) / "result.json").exists() for row in jobs for job in row):
         return
     check(specs)
@@ -118,7 +118,7 @@ def compare(
             state.path.append(state.x.detach().clone())
         state.advance(trained)
         if state.step % 1000 == 0:
-            progress(Event("toy", 0, state.step / steps, f"step {state.step:,}"))
+            progress(Event("toy", "training", state.step / steps, f"step {state.step:,}"))
         if state.step % SAVE_EVERY == 0:
             state.save(checkpoint, labels, trained)
     state.path.append(state.x.detach().clone())

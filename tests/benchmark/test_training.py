@@ -22,9 +22,9 @@ import torch
 
 import detente
 from benchmark.command import Outcome, alive, children, results, run, started, until
-from detente.benchmark import runner
+from detente.benchmark import training
+from detente.benchmark.job import Event, Job
 from detente.benchmark.problem import load_problem
-from detente.benchmark.runner import Event, Job
 
 TINY = Path(__file__).with_name("tiny_problem.py")
 METHODS = "pcgrad,connection_strength"
@@ -87,7 +87,7 @@ def test_a_finished_run_says_what_was_trained_and_how_it_went(original):
     cost = json.loads((original / "runs/pcgrad/seed-1/result.json").read_text())["cost"]
     assert cost["step_ms"] > 0
     assert cost["peak_mb"] >= 0
-    model = load_problem(str(TINY)).make_model(("sum", "sign"))
+    model = load_problem(str(TINY)).make_model(("sum", "sign"), {})
     assert cost["parameters"] == sum(p.numel() for p in model.parameters())
     assert not list(original.rglob("checkpoint.pt"))
     assert not list(original.rglob("*.tmp"))
@@ -138,7 +138,7 @@ def train(job: Job, root: Path, stop_at: float = 2.0) -> list[float]:
             raise _Interrupted
 
     with contextlib.suppress(_Interrupted):
-        runner._run(job, root, progress)
+        training.train(job, root, progress)
     return fractions
 
 
@@ -146,9 +146,9 @@ def train(job: Job, root: Path, stop_at: float = 2.0) -> list[float]:
 def test_a_job_resumed_from_its_checkpoint_is_the_uninterrupted_one_bit_for_bit(label, tmp_path, monkeypatch):
     # a clock that jumps: every epoch is saved and every step reported
     clock = SimpleNamespace(monotonic=itertools.count(0, 10).__next__, process_time=time.process_time)
-    monkeypatch.setattr(runner, "time", clock)
+    monkeypatch.setattr(training, "time", clock)
     task = "sign" if label == "single" else None
-    job = Job(str(TINY), label, task, 3, {**load_problem(str(TINY)).settings, "epochs": 5})
+    job = Job(str(TINY), label, "gd" if task else label, task, 3, {**load_problem(str(TINY)).settings, "epochs": 5})
     train(job, tmp_path / "whole")
     train(job, tmp_path / "parts", stop_at=0.7)
     assert not results(tmp_path / "parts")

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from benchmark.command import PATIENCE, alive, children, results, run, started, until
-from detente.benchmark import runner
+from detente.benchmark import training as trained
 from detente.benchmark.division import Division
+from detente.benchmark.job import Job
 from detente.benchmark.problem import load_problem
-from detente.benchmark.runner import Job
 
-TINY = Path(__file__).with_name("tiny_problem.py")
+TINY = Path(__file__).parents[1] / "tiny_problem.py"
 LAUNCH = ("--launch", "torchrun", "--nproc-per-node", "2")
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks processes up in /proc")
@@ -139,7 +139,9 @@ def test_killed_on_two_processes_it_goes_on_with_one(tmp_path):
     assert again.code == 0, again.text
     settings = {**load_problem(str(problem)).settings, "epochs": 30}
     content = json.loads((out / name).read_text())
-    runner._run(Job(str(problem), content["label"], content["task"], 0, settings), tmp_path / "whole", lambda _: None)
+    method = "gd" if content["task"] else content["label"]
+    job = Job(str(problem), content["label"], method, content["task"], 0, settings)
+    trained.train(job, tmp_path / "whole", lambda _: None)
     same(results(out)[str(name)], results(tmp_path / "whole")[str(name)])
 
 

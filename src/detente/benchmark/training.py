@@ -1,27 +1,21 @@
-"""Runs a comparison: one job per method and seed and per single-task baseline and seed, each resumable.
+"""One training of a comparison: `train` runs a job to its end, from its last checkpoint if there is one.
 
-A directory holds one comparison: ``comparison.json`` (what was asked for), and ``runs/<label>/seed-<k>`` with the job's
-``checkpoint.pt`` while it trains and ``result.json`` when it is done. Results are written whole or not at all, so a
-comparison killed at any moment goes on with the same command.
+A job's directory has a ``checkpoint.pt`` while it trains and a ``result.json`` when it is done. Both are written whole
+or not at all, so a job that is killed at any moment goes on where its last checkpoint was.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import multiprocessing
-import multiprocessing.connection
-import os
-import platform
 import random
-import signal
 import statistics
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,12 +25,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, TensorDataset
 
-import detente
+from detente.benchmark.controls import fixed_weights
 from detente.benchmark.division import Division
-from detente.benchmark.files import describe, read_checkpoint, write_checkpoint, write_json
+from detente.benchmark.files import read_checkpoint, write_checkpoint, write_json
+from detente.benchmark.job import Job, Progress
 from detente.benchmark.memory import PeakMemory
 from detente.benchmark.problem import Problem, load_problem
-from detente.benchmark.results import read_config
+from detente.benchmark.protocol import LAST, looks_at_test, mean_figures, score
 from detente.benchmark.specs import Spec
 from detente.diagnostics import task_gramian
 from detente.gramian import cosines
@@ -45,116 +40,25 @@ from detente.methods import DTP, AutoLambda
 from detente.nn import active_task, convert_task_norm
 from detente.step import step
 
-__all__ = ["Event", "Job", "Progress", "jobs_of", "prepare", "run_jobs", "unfinished", "work"]
+__all__ = ["train", "unfinished", "work"]
 
-
-@dataclass(frozen=True)
-class Job:
-    """One training: a method on all tasks (``task`` None), or plain training on one task.
-
-    Attributes:
-        problem: name or path, as given to :func:`load_problem`.
-        label: the method's text, or ``single``.
-        task: the task of a single-task baseline.
-        seed: of initialisation, data order and the method's draws.
-        settings: epochs, batch size, learning rate, ...
-    """
-
-    problem: str
-    label: str
-    task: str | None
-    seed: int
-    settings: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """Name of the run, also of its directory."""
-        return self.label if self.task is None else f"single-{self.task}"
-
-    def directory(self, root: Path) -> Path:
-        return root / "runs" / self.name / f"seed-{self.seed}"
-
-
-@dataclass(frozen=True)
-class Event:
-    """News of a job: ``fraction`` of it done, a line of current figures, or the error that ended it."""
-
-    job: str
-    seed: int
-    fraction: float
-    text: str = ""
-    error: str | None = None
-
-
-Progress = Callable[[Event], None]
-
-
-def jobs_of(problem: Problem, specs: Sequence[Spec], seeds: Iterable[int], settings: dict[str, Any]) -> list[Job]:
-    """All jobs of a comparison, seed by seed, baselines first."""
-    return [
-        job
-        for seed in seeds
-        for job in [
-            *(Job(problem.source, "single", task, seed, settings) for task in problem.tasks),
-            *(Job(problem.source, spec.label, None, seed, settings) for spec in specs),
-        ]
-    ]
-
-
-def prepare(
-    root: Path, problem: Problem, specs: Sequence[Spec], seeds: Sequence[int], settings: dict[str, Any], command: str
-) -> dict[str, Any]:
-    """Write down what is asked for, or check that the directory holds this comparison; methods and seeds may be added.
-
-    Raises:
-        ValueError: the directory holds another comparison.
-    """
-    content: dict[str, Any] = {
-        "problem": problem.name,
-        "source": problem.source,
-        "digest": problem.digest,
-        "tasks": problem.tasks,
-        "settings": settings,
-        "methods": [*([] if problem.whole else ["single"]), *(spec.label for spec in specs)],
-        "seeds": list(seeds),
-        "command": command,
-        "environment": {
-            "detente": detente.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        },
-    }
-    if (root / "comparison.json").exists():
-        before = read_config(root / "comparison.json")
-        for key in ("problem", "digest", "settings"):
-            if before.get(key) != content[key]:
-                what = "the problem's code" if key == "digest" else key
-                raise ValueError(
-                    f"{root} holds another comparison: {what} was {_differing(before.get(key), content[key])}. "
-                    "Choose another --out, or delete the directory."
-                )
-        content["methods"] = list(dict.fromkeys([*before["methods"], *content["methods"]]))
-        content["seeds"] = sorted({*before["seeds"], *content["seeds"]})
-    write_json(root / "comparison.json", content)
-    return content
-
-
-def _differing(before: Any, now: Any) -> str:
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
-        return ", ".join(f"{k} = {before.get(k)!r} and is now {now.get(k)!r}" for k in keys)
-    return f"{before!r} and is now {now!r}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One job
+EMA = 0.9
+"""Decay per epoch of the mean weights that `fixed weights extracted from a method` take over."""
 
 
 @lru_cache(maxsize=2)
-def _loaded(source: str) -> tuple[Problem, dict[str, Dataset[Any]]]:
+def _loaded(source: str, directory: str | None, settings: tuple[tuple[str, Any], ...]) -> _Loaded:
+    """The problem and its data, kept for the worker's next job."""
     problem = load_problem(source)
-    return problem, problem.make_data()
+    return problem, problem.make_data(dict(settings), None if directory is None else Path(directory))
+
+
+_Loaded = tuple[Problem, dict[str, Dataset[Any]]]
+
+
+def _load(job: Job) -> _Loaded:
+    wanted = load_problem(job.problem).data_settings(job.settings)
+    return _loaded(job.problem, job.data, tuple(sorted(wanted.items())))
 
 
 class _Parts(Sampler[Sequence[int]]):
@@ -172,7 +76,9 @@ class _Parts(Sampler[Sequence[int]]):
         return len(self.batches)
 
 
-def _batches(data: Dataset[Any], size: int, generator: torch.Generator, division: Division) -> DataLoader[Any]:
+def _batches(
+    data: Dataset[Any], size: int, generator: torch.Generator, division: Division, collate: Callable[[Any], Any] | None
+) -> DataLoader[Any]:
     if len(data) < size:  # type: ignore[arg-type]
         raise ValueError(
             f"batch_size is {size} but the training split has {len(data)} samples. "  # type: ignore[arg-type]
@@ -181,7 +87,7 @@ def _batches(data: Dataset[Any], size: int, generator: torch.Generator, division
     parts = _Parts(data, size, generator, division)
     if isinstance(data, TensorDataset):  # one index operation per batch instead of one per sample
         return DataLoader(data, sampler=parts, batch_size=None)
-    return DataLoader(data, batch_sampler=parts)  # type: ignore[arg-type]
+    return DataLoader(data, batch_sampler=parts, collate_fn=collate)  # type: ignore[arg-type]
 
 
 class _Log:
@@ -194,6 +100,8 @@ class _Log:
         self.counts: list[list[float]] = []
         self.weights: dict[str, Tensor] = {t: torch.zeros((), dtype=torch.float64) for t in tasks}
         self.gramians: list[Tensor] = []
+        self.clipped = 0  # optimizer steps whose gradient was shortened
+        self.unsolved = 0  # blocks that a solver could not certify
 
     @property
     def steps(self) -> int:
@@ -219,10 +127,12 @@ class _Log:
             "epoch": epoch,
             "steps": self.steps,
             "loss": dict(zip(self.tasks, means.tolist(), strict=True)),
-            "weights": {t: float(v) / self.steps for t, v in self.weights.items()},
+            "weights": {t: float(v) / max(self.steps, 1) for t, v in self.weights.items()},
             "norms": None,
             "cosine": None,
             "conflict_rate": None,
+            "clipped": self.clipped,
+            "unsolved": self.unsolved,
         }
         if self.gramians:
             stacked = torch.stack(self.gramians)
@@ -234,19 +144,6 @@ class _Log:
             entry["conflict_rate"] = float((cosine[:, upper] < 0).double().mean())
             entry["probes"] = len(self.gramians)
         return entry
-
-
-def _score(problem: Problem, figures: dict[str, dict[str, float]]) -> float:
-    """What the best epoch is chosen by: the mean logarithm of the validation figures, errors negated.
-
-    The change of this score is, to first order, delta-m, without needing a baseline.
-    """
-    terms = [
-        (1 if problem.tasks[task][metric] == "max" else -1) * math.log(max(value, 1e-12))
-        for task, values in figures.items()
-        for metric, value in values.items()
-    ]
-    return sum(terms) / len(terms)
 
 
 def _evaluate(
@@ -289,25 +186,29 @@ def _set_random_state(state: dict[str, Any]) -> None:
 class _Training:
     """The state of one job between epochs: everything that a checkpoint holds."""
 
-    PLAIN = ("history", "best", "reached", "step_times", "peak_mb", "first_figures")
+    PLAIN = ("history", "best", "reached", "step_times", "peak_mb", "first_figures", "mean_weights")
     """Attributes that are saved as they are."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.problem, self.data = _loaded(job.problem)
+        self.problem, self.data = _load(job)
         self.tasks = tuple(self.problem.tasks) if job.task is None else (job.task,)
         self.division = Division()
         self.samples = len(self.division.part(range(job.settings["batch_size"])))
         self.counts: dict[str, float] = {}  # samples behind the losses computed last
         _seed(job.seed)
-        self.model = self.problem.make_model(self.tasks)
-        self.spec = Spec.parse("gd" if job.task is not None else job.label)
+        self.model = self.problem.make_model(self.tasks, job.settings)
+        self.spec = Spec.parse(job.method)
         self.per_task = "model" in method_class(self.spec.method).needs
         if self.per_task:
             convert_task_norm(self.model, self.tasks)
         self.division.join(self.model)
         self.method: Method = self.spec.build(self.model, job.settings["epochs"], job.seed)
         self.optimizer = self.problem.make_optimizer(self.model, job.settings)
+        self.scheduler = self.problem.make_scheduler(self.optimizer, job.settings)
+        self.log: _Log | None = None
+        if job.settings["clip_norm"]:
+            self.optimizer.register_step_pre_hook(self._clip)
         self.generator = torch.Generator().manual_seed(job.seed)
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"score": -math.inf, "epoch": 0, "metrics": {}}
@@ -315,6 +216,7 @@ class _Training:
         self.step_times: list[float] = []
         self.peak_mb = 0.0
         self.first_figures: dict[str, dict[str, float]] = {}
+        self.mean_weights: dict[str, float] = {}  # of the method, averaged over epochs with decay EMA
         self.diverged: dict[str, Any] | None = None
         # Auto-Lambda looks at a second shuffled pass of the training data
         self.second = torch.Generator().manual_seed(job.seed + 1)
@@ -329,6 +231,7 @@ class _Training:
             "job": asdict(self.job),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scheduler": {} if self.scheduler is None else self.scheduler.state_dict(),
             "method": self.method.state_dict(),
             "generator": self.generator.get_state(),
             "second": self.second.get_state(),
@@ -342,6 +245,8 @@ class _Training:
                 raise ValueError("it belongs to another job")
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
+            if self.scheduler is not None:
+                self.scheduler.load_state_dict(saved["scheduler"])
             self.method.load_state_dict(saved["method"])
             self.generator.set_state(saved["generator"])
             self.second.set_state(saved["second"])
@@ -361,18 +266,36 @@ class _Training:
         present = tuple(task for task in tasks if self.counts[task])
         self.division.check(present, tasks)
         losses: dict[str, Tensor] = {}
-        if self.per_task:
-            for task in present:
-                with active_task(task):
-                    losses.update(self.problem.losses(model, batch, (task,)))
-        elif present:
-            losses = self.problem.losses(model, batch, present)
+        with self._precision():
+            if self.per_task:
+                for task in present:
+                    with active_task(task):
+                        losses.update(self.problem.losses(model, batch, (task,)))
+            elif present:
+                losses = self.problem.losses(model, batch, present)
         if self.division.joint_norms and set(losses) != set(present):
             raise ValueError(
                 f"losses() was asked for {list(present)} and gave {list(losses)}. For BatchNorm on several processes "
                 "let the problem say by counts(batch, tasks) which tasks have samples in a batch."
             )
         return losses
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """Autocast where it was asked for. bfloat16 has the range of float32, so no method needs a loss scale."""
+        if self.job.settings["precision"] == "float32":
+            return nullcontext()
+        return torch.autocast("cpu", torch.bfloat16)
+
+    def _clip(self, *_: Any) -> None:
+        """Shorten the gradient that the optimizer is about to take: the same rule for every method and schedule."""
+        limit = self.job.settings["clip_norm"]
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        if self.log is not None:
+            self.log.clipped += int(norm > limit)
+
+    def _labelled(self, batch: Any) -> bool:
+        """Whether a batch has samples of any of the tasks, on any process; a single task may have none."""
+        return self.division.any(any(self.problem.counts(batch, self.tasks, self.samples).values()))
 
     def _closure(self, batch: Any, log: _Log, probing: bool) -> Callable[..., dict[str, Tensor]]:
         unseen = True
@@ -395,7 +318,8 @@ class _Training:
         return self._losses(self.model, next(self._second_pass), self.tasks if tasks is None else tasks)
 
     def _batches(self, generator: torch.Generator) -> DataLoader[Any]:
-        return _batches(self.data["train"], self.job.settings["batch_size"], generator, self.division)
+        size = self.job.settings["batch_size"]
+        return _batches(self.data["train"], size, generator, self.division, self.problem.collate)
 
     def warm_up(self) -> None:
         """One backward pass on a copy, so that one-time allocations of the libraries do not count as the job's."""
@@ -410,7 +334,7 @@ class _Training:
 
     def run_epoch(self, progress: Callable[[float, str], None]) -> None:
         settings = self.job.settings
-        log = _Log(self.tasks, self.division)
+        log = self.log = _Log(self.tasks, self.division)
         own = self.division.seed()
         if own is not None:
             _seed(own)
@@ -420,6 +344,8 @@ class _Training:
         self.model.train()
         said = time.monotonic()
         for k, batch in enumerate(loader):
+            if not self._labelled(batch):
+                continue
             probing = k % settings["probe_every"] == 0
             log.step()
             start = time.process_time()
@@ -428,6 +354,7 @@ class _Training:
                 self.step_times.append(1000 * (time.process_time() - start))
             for task, weight in update.weights.items():
                 log.weights[task] += weight.double().mean()
+            log.unsolved += int(update.stats.get("unsolved", 0))
             if time.monotonic() - said > 0.5:
                 said = time.monotonic()
                 progress((self.epoch + (k + 1) / count) / settings["epochs"], self._line())
@@ -441,11 +368,27 @@ class _Training:
         row["val"] = self._figures("val")
         self.history.append(row)
         self._reach(row["val"])
-        score = _score(self.problem, row["val"])
-        if score > self.best["score"] or not self.best["metrics"]:
-            test = self._figures("test")
-            self.best = {"score": score if math.isfinite(score) else -math.inf, "epoch": self.epoch, "metrics": test}
+        self._average(row["weights"])
+        found = score(self.problem.tasks, row["val"])
+        better = found > self.best["score"] or not self.best["epoch"]
+        if looks_at_test(settings["protocol"], self.epoch, settings["epochs"]) and self.job.trial is None:
+            row["test"] = self._figures("test")
+        if better:
+            self.best = {"score": found if math.isfinite(found) else -math.inf, "epoch": self.epoch, "metrics": {}}
+            if settings["protocol"] == "val-selected" and self.job.trial is None:
+                self.best["metrics"] = self._figures("test")
+        self._schedule(found)
         self.step_times = self.step_times[-2000:]
+
+    def _average(self, weights: Mapping[str, float]) -> None:
+        kept = EMA if self.mean_weights else 0.0
+        self.mean_weights = {t: kept * self.mean_weights.get(t, 0.0) + (1 - kept) * weights[t] for t in self.tasks}
+
+    def _schedule(self, found: float) -> None:
+        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.scheduler.step(found)
+        elif self.scheduler is not None:
+            self.scheduler.step()
 
     def _figures(self, split: str) -> dict[str, dict[str, float]]:
         return self.division.agreed(
@@ -482,9 +425,11 @@ class _Training:
     def done(self) -> bool:
         if self.diverged is not None:
             return True
-        target = self.problem.target
-        stop = target is not None and all(t in self.reached for t in self.tasks if t in target)
-        return stop or self.epoch >= self.job.settings["epochs"]
+        target, settings = self.problem.target, self.job.settings
+        if target is not None and all(t in self.reached for t in self.tasks if t in target):
+            return True
+        tired = settings["patience"] and self.epoch - self.best["epoch"] >= settings["patience"]
+        return bool(tired) or self.epoch >= settings["epochs"]
 
     def _line(self) -> str:
         if not self.history:
@@ -492,10 +437,24 @@ class _Training:
         first = {task: next(iter(figures.values())) for task, figures in self.history[-1]["val"].items()}
         return "  ".join(f"{task} {value:.3g}" for task, value in first.items())
 
+    def reported(self) -> tuple[int, dict[str, dict[str, float]]]:
+        """The epoch that counts, and its test figures, by the protocol; no figures for a trial."""
+        protocol = self.job.settings["protocol"]
+        if protocol == "val-selected" or self.job.trial is not None:
+            return self.best["epoch"], self.best["metrics"]
+        tested = [row for row in self.history if "test" in row]
+        if not tested:
+            return 0, {}
+        if protocol == "last-10-test":
+            return self.epoch, mean_figures([row["test"] for row in tested[-LAST:]])
+        best = max(tested, key=lambda row: score(self.problem.tasks, row["test"]))
+        return best["epoch"], best["test"]
+
     def result(self) -> dict[str, Any]:
-        metrics = {t: dict(v) for t, v in self.best["metrics"].items()}
+        selected, figures = self.reported()
+        metrics = {t: dict(v) for t, v in figures.items()}
         for task in self.tasks:
-            if "epochs" in self.problem.tasks[task] and self.problem.target:
+            if "epochs" in self.problem.tasks[task] and self.problem.target and metrics:
                 metrics[task]["epochs"] = float(self.reached.get(task, self.job.settings["epochs"]))
         if self.diverged is not None:
             metrics = {t: dict.fromkeys(self.problem.tasks[t], math.nan) for t in self.tasks}
@@ -504,11 +463,15 @@ class _Training:
             "problem": self.problem.name,
             "method": "single" if self.job.task else self.spec.method,
             "label": self.job.label,
+            "options": self.spec.label,
+            "settings": self.job.settings,
             "seed": self.job.seed,
             "task": self.job.task,
             "metrics": metrics,
             "diverged": self.diverged,
-            "selected_epoch": self.best["epoch"],
+            "selected_epoch": selected,
+            "score": self.best["score"] if self.diverged is None else -math.inf,
+            "mean_weights": self.mean_weights,
             "epochs": self.epoch,
             "steps": sum(row["steps"] for row in self.history),
             "reached": self.reached,
@@ -522,18 +485,23 @@ class _Training:
         }
 
 
-def _run(job: Job, root: Path, progress: Progress) -> None:
+def train(job: Job, root: Path, progress: Progress) -> None:
+    """Run a job to its end and write its result.
+
+    Raises:
+        ValueError: its checkpoint cannot be used, or the problem and the settings do not fit.
+    """
     directory = job.directory(root)
     directory.mkdir(parents=True, exist_ok=True)
     checkpoint = directory / "checkpoint.pt"
-    training = _Training(job)
+    training = _Training(fixed_weights(job, root))
     division = training.division
     if division.agreed(checkpoint.exists):
         training.load(checkpoint)
     division.wait()  # until all have read it: process 0 may be about to delete it
 
     def say(fraction: float, text: str) -> None:
-        progress(Event(job.name, job.seed, fraction, text))
+        progress(job.event(fraction, text))
 
     say(training.epoch / job.settings["epochs"], training._line())
     training.warm_up()
@@ -558,36 +526,13 @@ def _run(job: Job, root: Path, progress: Progress) -> None:
         leftover.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Many jobs
-
-_queue: Any = None
-
-
-def _start_worker(queue: Any) -> None:
-    """Prepare a worker process: one thread, and no life beyond its parent's."""
-    global _queue
-    _queue = queue
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; see the watch below
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)  # the parent was killed: a resumed comparison must find nobody writing to its runs
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _work(job: Job, root: Path) -> str | None:
-    return work(job, root, _queue.put)
-
-
 def work(job: Job, root: Path, progress: Progress) -> str | None:
     """Run a job; the error's text if it failed."""
     try:
-        _run(job, root, progress)
+        with warnings.catch_warnings():
+            # counted in every result instead of said once per process
+            warnings.filterwarnings("ignore", message=".*the solver stopped short of its tolerance")
+            train(job, root, progress)
     except Exception as error:
         trace = traceback.format_exc()
         (job.directory(root) / "error.txt").write_text(trace)
@@ -600,47 +545,7 @@ def unfinished(jobs: Sequence[Job], root: Path, progress: Progress) -> list[Job]
     pending = []
     for job in jobs:
         if (job.directory(root) / "result.json").exists():
-            progress(Event(job.name, job.seed, 1.0, "finished before"))
+            progress(job.end(before=True))
         else:
             pending.append(job)
     return pending
-
-
-def run_jobs(jobs: Sequence[Job], root: Path, processes: int, progress: Progress) -> dict[str, str]:
-    """Run what is not finished yet, in ``processes`` worker processes of one thread each.
-
-    Returns:
-        Errors by job, ``{"cagrad seed 0": "..."}``; the other jobs have finished.
-    """
-    pending = unfinished(jobs, root, progress)
-    errors: dict[str, str] = {}
-    if not pending:
-        return errors
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    pool = ProcessPoolExecutor(
-        min(processes, len(pending)), mp_context=context, initializer=_start_worker, initargs=(queue,)
-    )
-    try:
-        futures: dict[Future[str | None], Job] = {pool.submit(_work, job, root): job for job in pending}
-        waiting = set(futures)
-        while waiting:
-            done, waiting = wait(waiting, timeout=0.1, return_when=FIRST_COMPLETED)
-            for event in _drain(queue):
-                progress(event)
-            for future in done:
-                job = futures[future]
-                failure = future.exception()
-                error = describe(failure) if failure else future.result()
-                if error is not None:
-                    errors[f"{job.name} seed {job.seed}"] = error
-                progress(Event(job.name, job.seed, 1.0, "" if error is None else "failed", error))
-    finally:
-        # after an interrupt nothing that still waits is begun
-        pool.shutdown(wait=False, cancel_futures=True)
-    return errors
-
-
-def _drain(queue: Any) -> Iterator[Event]:
-    while not queue.empty():
-        yield queue.get()

@@ -1,8 +1,7 @@
 """Runs of a comparison on several processes each, which torchrun starts.
 
 The command stays the only process that is talked to: it starts torchrun, reads from a pipe what the processes report,
-and ends them by closing another one, which also happens when it is killed. ``python -m detente.benchmark.launch`` is
-what torchrun starts.
+and ends them by closing another one, which also happens when it is killed. torchrun starts this module.
 """
 
 from __future__ import annotations
@@ -15,16 +14,17 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from detente.benchmark.runner import Event, Job, Progress, unfinished, work
+from detente.benchmark.job import Event, Job, Progress
+from detente.benchmark.training import unfinished, work
 
-__all__ = ["check_launcher", "run_launched"]
+__all__ = ["check_launcher", "run"]
 
 ALONE = "failed alone"
 """Text of an event: a process failed, and others wait for it."""
@@ -41,11 +41,11 @@ def check_launcher(name: str) -> None:
         )
 
 
-def run_launched(jobs: Sequence[Job], root: Path, processes: int, progress: Progress) -> dict[str, str]:
+def run(jobs: Sequence[Job], root: Path, processes: int, progress: Progress) -> dict[str, str]:
     """Run what is not finished yet, one after another, each on so many processes.
 
     Returns:
-        As :func:`detente.benchmark.runner.run_jobs`.
+        As :func:`detente.benchmark.engines.local.run`.
 
     Raises:
         ChildProcessError: torchrun ended before any run had begun.
@@ -56,9 +56,9 @@ def run_launched(jobs: Sequence[Job], root: Path, processes: int, progress: Prog
     def hear(event: Event) -> None:
         progress(event)
         if event.error is not None:
-            errors[f"{event.job} seed {event.seed}"] = event.error
-        if event.error is not None or (event.fraction >= 1 and not event.text):
-            left[:] = [job for job in left if (job.name, job.seed) != (event.job, event.seed)]
+            errors[event.title] = event.error
+        if event.ended:
+            left[:] = [job for job in left if job.title != event.title]
 
     while left:
         begun = stuck = False
@@ -76,7 +76,7 @@ def run_launched(jobs: Sequence[Job], root: Path, processes: int, progress: Prog
             )
         if left and not stuck:
             error = f"a process ended without a word (torchrun: {torchrun.returncode})"
-            hear(Event(left[0].name, left[0].seed, 1.0, "failed", error))
+            hear(left[0].end(error))
     return errors
 
 
@@ -87,7 +87,7 @@ def _started(jobs: Sequence[Job], root: Path, processes: int) -> Iterator[subpro
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
         torchrun = subprocess.Popen(
-            [*command, "-m", "detente.benchmark.launch", folder, str(root)],
+            [*command, "-m", "detente.benchmark.engines.torchrun", folder, str(root)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -134,20 +134,20 @@ def _main(folder: str, root: str) -> None:
         if not dist.is_initialized():
             own = dist.PrefixStore(str(k), store)  # type: ignore[attr-defined]
             dist.init_process_group(_backend(processes), store=own, rank=rank, world_size=processes)
-        report_first(Event(job.name, job.seed, 0.0))
+        report_first(job.event(0.0))
         error = work(job, Path(root), report_first)
         if error is None:
-            report_first(Event(job.name, job.seed, 1.0))
+            report_first(job.end())
             continue
         everyone = [f"error {k} {r}" for r in range(processes)]
         store.set(everyone[rank], error)
         try:
             store.wait(everyone, timedelta(seconds=3))
         except RuntimeError:
-            report(Event(job.name, job.seed, 1.0, ALONE, error))
+            report(replace(job.end(error), text=ALONE))
             threading.Event().wait()  # for the command to end this process
         found = [store.get(key).decode() for key in everyone]
-        report_first(Event(job.name, job.seed, 1.0, "failed", "; ".join(dict.fromkeys(found))))
+        report_first(job.end("; ".join(dict.fromkeys(found))))
         dist.destroy_process_group()  # what is on its way between the processes must not reach the next job
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""What the problems with a value for every pixel share."""
