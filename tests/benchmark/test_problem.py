@@ -104,9 +104,7 @@ def test_adam_is_the_default_optimizer_and_the_file_may_choose_another(tmp_path)
     assert default.param_groups[0]["lr"] == 0.25
     more = '\n\ndef make_optimizer(model, settings):\n    return torch.optim.SGD(model.parameters(), settings["lr"])\n'
     own = load_problem(variant(tmp_path, more=more))
-    assert isinstance(
-        own.make_optimizer(own.make_model(("sum",), {}), settings), torch.optim.SGD
-    )
+    assert isinstance(own.make_optimizer(own.make_model(("sum",), {}), settings), torch.optim.SGD)
 
 
 def test_an_edited_file_has_another_digest(tmp_path):
