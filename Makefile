@@ -1,5 +1,5 @@
 # make demo: compare the methods on real digits.  make test: run all tests.  Both need only Python 3.10 to 3.13.
-# make test-long: the matrix of set-ups on several processes, which CI runs too.
+# make test-long: the matrix of set-ups on several processes, and every preset, which CI runs too.
 # make bench: set detente beside its peers, in an environment of its own (see benchmarks/README.md).
 PYTHON ?= python3
 BIN := .venv/bin

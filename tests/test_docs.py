@@ -69,12 +69,13 @@ def test_generated_files_are_fresh():
 
 
 def test_example_problem_trains(tmp_path):
-    from detente.benchmark.engines import local
+    from detente.benchmark.engines.local import Local
     from detente.benchmark.plan import Plan
     from detente.benchmark.problem import load_problem
     from detente.benchmark.specs import parse_methods
 
     problem = load_problem(str(ROOT / "examples/own_problem.py"))
     (jobs,) = Plan(problem, parse_methods("cagrad,connection_strength"), [0], problem.settle({"epochs": 1})).jobs()
-    assert local.run(jobs, tmp_path, 1, lambda event: None) == {}
+    with Local(1) as run:
+        assert run(jobs, tmp_path, lambda event: None) == {}
     assert len(list(tmp_path.glob("runs/*/seed-0/result.json"))) == 2 + 3

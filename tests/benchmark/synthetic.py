@@ -36,14 +36,27 @@ def write_comparison(
     epochs: int = 30,
     single: bool = True,
     noise: float = 0.004,
+    sweep: int = 0,
+    extract: tuple[str, ...] = (),
+    tuned: bool = False,
+    protocol: str = "val-selected",
 ) -> Path:
-    """Write comparison.json and one result.json per job; returns `directory`."""
+    """Write comparison.json and one result.json per job; returns `directory`.
+
+    `sweep`: so many fixed weightings of two tasks. `extract`: methods whose weights are kept fixed as a control.
+    """
     directory.mkdir(parents=True, exist_ok=True)
+    fixed = [f"fixed({k / (sweep + 1):.2f}, {1 - k / (sweep + 1):.2f})" for k in range(1, sweep + 1)]
+    controls = {**dict.fromkeys(fixed, "sweep"), **{f"weights of {label}": "extracted" for label in extract}}
+    runs = [*(f"single-{task}" for task in tasks), *methods]
     config = {
         "problem": problem,
         "tasks": tasks,
-        "settings": {"epochs": epochs, "batch_size": 128, "lr": 1e-3},
+        "settings": {"epochs": epochs, "batch_size": 128, "lr": 1e-3, "protocol": protocol},
         "methods": [*(["single"] if single else []), *methods],
+        "controls": controls,
+        "trials": 3 if tuned else 0,
+        "tuning": make_tuning(runs) if tuned else None,
         "seeds": list(seeds),
         "command": f"detente compare {problem} --methods {','.join(methods)} --seeds {len(seeds)}",
         "environment": {"detente": "0.1.0", "torch": "2.13.0+cpu", "python": "3.12.3", "platform": "Linux-x86_64"},
@@ -53,9 +66,43 @@ def write_comparison(
         if single:
             for task in tasks:
                 write_job(directory, f"single-{task}", make_job(problem, tasks, "single", seed, epochs, noise, task))
-        for label in methods:
-            write_job(directory, label, make_job(problem, tasks, label, seed, epochs, noise))
+        for label in (*methods, *controls):
+            job = make_job(problem, tasks, label, seed, epochs, noise)
+            if label in fixed:
+                _lean(job, tasks, float(label[6:10]) - 0.5)
+            write_job(directory, label, job)
     return directory
+
+
+def _lean(job: dict[str, Any], tasks: dict[str, dict[str, str]], by: float) -> None:
+    """Make the first task better and the others worse, and all worse far from the middle."""
+    for place, (task, metrics) in enumerate(tasks.items()):
+        gain = (0.04 if place == 0 else -0.04) * by - 0.05 * by**2
+        for metric, direction in metrics.items():
+            job["metrics"][task][metric] *= 1 + (gain if direction == "max" else -gain)
+    job["score"] = -abs(by)
+
+
+def make_tuning(runs: list[str]) -> dict[str, Any]:
+    """Content of tuning.json: three trials each, of which the second is best except for the last run."""
+    tried: list[dict[str, float]] = [{}, {"lr": 0.004, "option c": 0.25}, {"lr": 0.02, "option c": 0.75}]
+    scores = [[0.5, 0.6 + k / 100, None] for k in range(len(runs) - 1)] + [[0.5, 0.4, 0.3]]
+    found = {}
+    for run, values in zip(runs, scores, strict=True):
+        best = int(values[1] > values[0])
+        found[run] = {
+            "method": f"{run}(c=0.25)" if best else run,
+            "settings": {"lr": 0.004} if best else {},
+            "trial": best,
+            "trials": [{"parameters": p, "score": s} for p, s in zip(tried, values, strict=True)],
+        }
+    return {
+        "trials": 3,
+        "seed": 1_000_003,
+        "sampler": "defaults, 5 at random, then TPE (Optuna 4.0.0)",
+        "ranges": {run: {"lr": "0.001 to 0.1 (logarithmic)", "option c": "0 to 1"} for run in runs},
+        "runs": found,
+    }
 
 
 def write_job(directory: Path, folder: str, job: dict[str, Any]) -> Path:
@@ -112,6 +159,7 @@ def make_job(
         "task": task,
         "metrics": {name: {m: metric(m, d, 1.0) for m, d in tasks[name].items()} for name in names},
         "selected_epoch": epochs - 3,
+        "score": -effect,
         "epochs": epochs,
         "steps": 40 * epochs,
         "history": history,

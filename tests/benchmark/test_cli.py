@@ -16,6 +16,7 @@ import pytest
 import detente
 from benchmark.command import run
 from detente.benchmark import cli
+from detente.benchmark.engines.local import Local
 from detente.benchmark.job import Job
 
 TINY = Path(__file__).with_name("tiny_problem.py")
@@ -34,8 +35,8 @@ def refused(*arguments: str | Path) -> str:
 class _Asked(Exception):
     """What a command would have trained."""
 
-    def __init__(self, jobs: list[Job], root: Path, processes: int, progress: Callable[..., None]) -> None:
-        self.jobs, self.root, self.processes = jobs, root, processes
+    def __init__(self, engine: Local, jobs: list[Job], root: Path, progress: Callable[..., None]) -> None:
+        self.jobs, self.root, self.processes = jobs, root, engine.processes
 
 
 def asked(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> _Asked:
@@ -43,7 +44,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> _Asked:
         raise _Asked(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli.local, "run", capture)
+        patch.setattr(cli.local.Local, "__call__", capture)
         with pytest.raises(_Asked) as caught:
             run("compare", *arguments)
     return caught.value
@@ -165,7 +166,7 @@ def test_report_before_any_run_is_finished_says_how_to_go_on(original, tmp_path)
 )
 def test_a_mistake_is_one_message(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.local, "run", lambda *_: pytest.fail("training was started"))
+    monkeypatch.setattr(cli.local.Local, "__call__", lambda *_: pytest.fail("training was started"))
     assert message in refused(*arguments)
     assert list(tmp_path.iterdir()) == []
 
@@ -254,7 +255,7 @@ def test_a_yaml_number_in_exponent_notation_is_a_number(tmp_path, monkeypatch):
 )
 def test_a_mistake_in_the_yaml_file_is_one_message(text, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli.local, "run", lambda *_: pytest.fail("training was started"))
+    monkeypatch.setattr(cli.local.Local, "__call__", lambda *_: pytest.fail("training was started"))
     (tmp_path / "all.yaml").write_text(text)
     assert message in refused("compare", "--config", "all.yaml")
     assert [path.name for path in tmp_path.iterdir()] == ["all.yaml"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from detente.benchmark.problem import list_problems, load_problem
+import detente.benchmark
+from detente.benchmark.problem import digest, list_problems, load_problem, parts
 
 TINY = Path(__file__).with_name("tiny_problem.py")
 
@@ -110,6 +112,28 @@ def test_adam_is_the_default_optimizer_and_the_file_may_choose_another(tmp_path)
 def test_an_edited_file_has_another_digest(tmp_path):
     before = load_problem(variant(tmp_path)).digest
     assert load_problem(variant(tmp_path, more="# changed\n")).digest != before
+
+
+def test_an_edited_part_of_a_built_in_problem_changes_its_digest(tmp_path):
+    package = Path(shutil.copytree(Path(detente.benchmark.__file__).parent, tmp_path / "benchmark"))
+    module = package / "problems/multifashion.py"
+    assert {str(path.relative_to(package)) for path in parts(module)} == {
+        "datasets/digits_overlay.py",
+        "datasets/source.py",
+        "models/layers.py",
+        "models/lenet.py",
+        "problems/multifashion.py",
+        "problems/multimnist.py",
+    }
+    before = digest(parts(module))
+    assert before == load_problem("multifashion").digest
+    for name in ("datasets/source.py", "models/lenet.py", "problems/multimnist.py"):
+        with (package / name).open("a") as file:
+            file.write("# edited\n")
+        assert digest(parts(module)) != before
+        before = digest(parts(module))
+    (package / "models/unet.py").write_text("")
+    assert digest(parts(module)) == before
 
 
 def test_every_built_in_problem_loads_and_is_described():

@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -34,15 +34,16 @@ try:
 
     from detente.benchmark import tables
     from detente.benchmark.report import write_report
-    from detente.benchmark.results import load_comparison, read_config, verdict
+    from detente.benchmark.results import Comparison, load_comparison, read_config, verdict
 except ImportError as error:
     raise SystemExit(
         f"the detente command needs {error.name}, which is not installed. Run: pip install 'detente[compare]'"
     ) from error
 
 from detente.benchmark.controls import Control, extracted, sweep, wider
+from detente.benchmark.device import check_device
 from detente.benchmark.engines import local, ray, torchrun
-from detente.benchmark.job import Event, Job
+from detente.benchmark.job import Event
 from detente.benchmark.plan import Plan, prepare
 from detente.benchmark.problem import Problem, list_problems, load_problem, setting
 from detente.benchmark.protocol import PROTOCOLS
@@ -145,12 +146,13 @@ Config = Annotated[Path | None, typer.Option(help="YAML file with problem, metho
 DownloadHelp = Annotated[bool, typer.Option("--download-help", help="Where the problem's files come from and go.")]
 WHERE = "Where it runs"
 Jobs = Annotated[int | None, typer.Option(min=1, help="Processes, one thread each. Default: 2.", rich_help_panel=WHERE)]
-Engine = Annotated[str, typer.Option(help="local, or ray.", rich_help_panel=WHERE)]
+EngineName = Annotated[str, typer.Option(help="local, or ray.", rich_help_panel=WHERE)]
 Address = Annotated[str | None, typer.Option(help="With --engine ray: a running cluster.", rich_help_panel=WHERE)]
 Launch = Annotated[
     str | None,
     typer.Option(help="torchrun: every run on several processes, which divide its batches.", rich_help_panel=WHERE),
 ]
+Device = Annotated[str, typer.Option(help="Where every job trains: cpu, or cuda.", rich_help_panel=WHERE)]
 NprocPerNode = Annotated[
     int | None, typer.Option(min=2, help="With --launch: how many processes.", rich_help_panel=WHERE)
 ]
@@ -188,8 +190,9 @@ def compare(
     out: Out = None,
     config: Config = None,
     download_help: DownloadHelp = False,
+    device: Device = "cpu",
     jobs: Jobs = None,
-    engine: Engine = "local",
+    engine: EngineName = "local",
     address: Address = None,
     launch: Launch = None,
     nproc_per_node: NprocPerNode = None,
@@ -208,11 +211,11 @@ def compare(
         config,
         download_help,
     )  # fmt: skip
-    plan = _plan(loaded, asked, _given(config, options, set_))
+    plan = replace(_plan(loaded, asked, _given(config, options, set_)), device=check_device(device))
     run = _engine(loaded, plan.settings, asked["jobs"], engine, address, launch, nproc_per_node)
     root = Path(asked["out"] or f"runs/{loaded.name}")
     started = time.monotonic()
-    with _interruptible():
+    with _interruptible(), run:
         failures = _compare(plan, root, run, asked["tuned"])
     for name, message in failures.items():
         console.print(f"[red]failed[/red] {escape(name)}: {escape(message)}", highlight=False, soft_wrap=True)
@@ -238,8 +241,9 @@ def tune_command(
     out: Out = None,
     config: Config = None,
     download_help: DownloadHelp = False,
+    device: Device = "cpu",
     jobs: Jobs = None,
-    engine: Engine = "local",
+    engine: EngineName = "local",
     address: Address = None,
     launch: Launch = None,
     nproc_per_node: NprocPerNode = None,
@@ -252,10 +256,11 @@ def tune_command(
     """
     given: dict[str, Any] = {"problem": problem, "methods": methods, "jobs": jobs, "out": out, "data": data}
     asked, loaded = _asked({**given, "preset": preset, "tune": trials}, config, download_help)
-    plan = _plan(loaded, asked, _given(config, {"epochs": epochs, "batch_size": batch_size, "lr": lr}, set_))
+    options = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
+    plan = replace(_plan(loaded, asked, _given(config, options, set_)), device=check_device(device))
     run = _engine(loaded, plan.settings, asked["jobs"], engine, address, launch, nproc_per_node)
     root = Path(asked["out"] or f"runs/{loaded.name}")
-    with _interruptible(), _locked(root):
+    with _interruptible(), _locked(root), run:
         content = _tuned(plan, root, run)
     console.print(tables.tuning_table(content))
     console.print(f"Chosen: {root / 'tuning.json'}", soft_wrap=True, markup=False)
@@ -323,7 +328,7 @@ def _listed(methods: Any) -> str:
     return ",".join(map(str, methods)) if isinstance(methods, list) else str(methods)
 
 
-Run = Callable[[list[Job], Path, "_Monitor"], dict[str, str]]
+Engine = local.Local | ray.Ray | torchrun.Torchrun
 
 
 def _engine(
@@ -334,7 +339,7 @@ def _engine(
     address: str | None,
     launch: str | None,
     nproc_per_node: int | None,
-) -> Run:
+) -> Engine:
     """What runs jobs."""
     processes = setting("jobs", _given_or(jobs, 2), like=1)
     divided = _divided(problem, settings, launch, nproc_per_node, jobs)
@@ -345,10 +350,10 @@ def _engine(
     if divided and engine == "ray":
         raise ValueError("--launch torchrun and --engine ray do not go together; leave out one of them.")
     if divided:
-        return lambda todo, root, monitor: torchrun.run(todo, root, divided, monitor)
+        return torchrun.Torchrun(divided)
     if engine == "ray":
-        return lambda todo, root, monitor: ray.run(todo, root, processes, monitor, address)
-    return lambda todo, root, monitor: local.run(todo, root, processes, monitor)
+        return ray.Ray(processes, address)
+    return local.Local(processes)
 
 
 def _divided(
@@ -401,7 +406,7 @@ def _locked(root: Path) -> Iterator[None]:
         yield
 
 
-def _compare(plan: Plan, root: Path, run: Run, tuned: str | None) -> dict[str, str]:
+def _compare(plan: Plan, root: Path, run: Engine, tuned: str | None) -> dict[str, str]:
     problem = plan.problem
     command = "detente " + shlex.join(sys.argv[1:])
     if hasattr(problem.module, "check"):
@@ -426,7 +431,7 @@ def _compare(plan: Plan, root: Path, run: Run, tuned: str | None) -> dict[str, s
         return errors
 
 
-def _tuned(plan: Plan, root: Path, run: Run) -> dict[str, Any]:
+def _tuned(plan: Plan, root: Path, run: Engine) -> dict[str, Any]:
     if plan.problem.whole:
         raise ValueError(f"problem {plan.problem.name!r} has no validation split, so there is nothing to tune by.")
     total = plan.trials * len(list(plan.subjects()))
@@ -457,9 +462,13 @@ def _live(title: str, total: int) -> Iterator[_Monitor]:
         yield monitor
 
 
-def _show(root: Path, hooks: Any) -> None:
+def _show(root: Path, hooks: Any, other: Comparison | None = None) -> None:
     """Print the tables and write every form of them, and the report; ``hooks`` is the problem's module, or None."""
     comparison = load_comparison(root)
+    if other is not None and other.tasks != comparison.tasks:
+        raise ValueError(
+            f"{other.directory} has other tasks or metrics than {root}, so they cannot be laid side by side."
+        )
     hooked = any(hasattr(hooks, name) for name in ("report", "verdict", "summary"))
     results = [json.loads(job.path.read_text()) for job in comparison.jobs] if hooked else []
     if hasattr(hooks, "report"):
@@ -471,11 +480,14 @@ def _show(root: Path, hooks: Any) -> None:
     (root / "results.csv").write_text(tables.results_csv(comparison))
     (root / "cost.csv").write_text(tables.cost_csv(comparison))
     headline = hooks.verdict(results) if hasattr(hooks, "verdict") else verdict(comparison)
-    report = write_report(comparison, root, headline)
+    report = write_report(comparison, root, headline, other)
     shown = [*tables.result_tables(comparison, console.width), tables.cost_table(comparison)]
+    if comparison.config.get("tuning"):
+        shown.append(tables.tuning_table(comparison.config["tuning"]))
     for table in [*shown, *(hooks.summary(results) if hasattr(hooks, "summary") else [])]:
         console.print(table)
-    for line in [headline, *(f"Note: {note}" for note in comparison.notes)]:
+    protocol = f"Protocol {comparison.protocol}: {PROTOCOLS[comparison.protocol]}."
+    for line in [headline, protocol, *(f"Note: {note}" for note in comparison.notes)]:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     console.print(f"Tables: {root}/results.csv, .md, .tex; {root}/cost.csv, .md, .tex", soft_wrap=True, markup=False)
     console.print(f"Report: {report.resolve()}", soft_wrap=True, markup=False)
@@ -490,9 +502,13 @@ def _hooks(config: Mapping[str, Any]) -> Any:
 
 
 @app.command()
-def report(directory: Annotated[Path, typer.Argument(help="Directory of a comparison.")]) -> None:
-    """Build the tables and the HTML report again from the finished runs of a comparison."""
-    _show(directory, _hooks(read_config(directory / "comparison.json")))
+def report(
+    directory: Annotated[Path, typer.Argument(help="Directory of a comparison.")],
+    other: Annotated[Path | None, typer.Argument(help="Another one, of the same tasks, to lay beside it.")] = None,
+) -> None:
+    """Build the tables and the HTML report again from the finished runs of a comparison; or compare two comparisons."""
+    beside = None if other is None else load_comparison(other)
+    _show(directory, _hooks(read_config(directory / "comparison.json")), beside)
 
 
 @app.command()
@@ -526,11 +542,13 @@ def methods(
 def problems() -> None:
     """List the built-in problems. A problem of your own is a Python file of the same form (see the README)."""
     table = Table(box=rich.box.SIMPLE_HEAD)
-    table.add_column("problem")
-    table.add_column("what it is")
+    for heading in ("problem", "what it is", "data", "presets"):
+        table.add_column(heading, no_wrap=heading == "problem", overflow="fold")
     for name, line in list_problems().items():
-        table.add_row(name, line)
+        problem = load_problem(name)
+        table.add_row(name, line, "official files" if problem.download else "made", ", ".join(problem.presets))
     console.print(table)
+    console.print("detente compare NAME --download-help says where the official files come from.", highlight=False)
 
 
 def main() -> None:

@@ -59,11 +59,12 @@ def sweep(tasks: Sequence[str], points: int) -> list[Control]:
         drawn = qmc.Sobol(count, scramble=True, rng=np.random.default_rng(0)).random_base2((points - 1).bit_length())
         exponential = -np.log(np.clip(drawn[:points], 1e-6, 1 - 1e-6))
         shares = exponential / exponential.sum(axis=1, keepdims=True)
-    return [_fixed(dict(zip(tasks, map(float, row), strict=True))) for row in shares]
+    digits = 2 if count == 2 and points < 100 else 4  # enough to tell the points apart
+    return [_fixed(dict(zip(tasks, map(float, row), strict=True)), digits) for row in shares]
 
 
-def _fixed(shares: Mapping[str, float]) -> Control:
-    label = f"fixed({', '.join(f'{share:.2f}' for share in shares.values())})"
+def _fixed(shares: Mapping[str, float], digits: int) -> Control:
+    label = f"fixed({', '.join(f'{share:.{digits}f}' for share in shares.values())})"
     return Control(label, "sweep", _gd({task: len(shares) * share for task, share in shares.items()}))
 
 

@@ -23,6 +23,7 @@ class Job:
         settings: epochs, batch size, learning rate, ...
         data: directory of the official files, for problems that read them.
         weights_of: label of the runs (same seed) whose weights this one keeps fixed, see `detente.benchmark.controls`.
+        device: where it trains, ``cpu`` or ``cuda:0``.
         trial: number of the trial, where the job tries hyper-parameters: it never looks at the test split.
     """
 
@@ -34,6 +35,7 @@ class Job:
     settings: dict[str, Any]
     data: str | None = None
     weights_of: str | None = None
+    device: str = "cpu"
     trial: int | None = None
 
     @property

@@ -8,16 +8,25 @@ import gc
 import sys
 from pathlib import Path
 
+import torch
+
 __all__ = ["PeakMemory"]
 
 
 class PeakMemory:
-    """Peak resident memory of this process above its level at the start of the block, in MB."""
+    """Peak memory above its level at the start of the block, in MB: resident, or PyTorch's own on a CUDA device."""
 
     peak_mb = 0.0
 
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
     def __enter__(self) -> PeakMemory:
         gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device) / 2**20
+            return self
         if sys.platform == "linux":
             with contextlib.suppress(OSError, AttributeError):  # no glibc, or no right to reset the peak
                 ctypes.CDLL("libc.so.6").malloc_trim(0)  # give freed memory of earlier jobs back first
@@ -26,7 +35,9 @@ class PeakMemory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.peak_mb = max(self._read()[1] - self.before, 0.0)
+        cuda = self.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else self._read()[1]
+        self.peak_mb = max(peak - self.before, 0.0)
 
     @staticmethod
     def _read() -> tuple[float, float]:

@@ -48,6 +48,7 @@ class Plan:
     controls: Sequence[Control] = ()
     trials: int = 0
     chosen: Mapping[str, Chosen] = field(default_factory=dict)
+    device: str = "cpu"
 
     def subjects(self) -> Iterator[Job]:
         """One job for each run name, seed 0: the single-task baselines, then the methods."""
@@ -70,14 +71,16 @@ class Plan:
         name = label if task is None else f"single-{task}"
         chosen = self.chosen.get(name, Chosen(method, {}))
         settings = {**self.settings, **chosen.settings}
-        return Job(self.problem.source, label, chosen.method, task, seed, settings, self._data)
+        source = self.problem.source
+        return Job(source, label, chosen.method, task, seed, settings, self._data, device=self.device)
 
     def _control(self, control: Control, seed: int) -> Job:
         """Controls are plain gradient descent, so they take what was tuned for equal weights."""
         tuned = self.chosen.get(EQUAL, Chosen(EQUAL, {})).settings
         settings = {**self.settings, **tuned, **control.settings}
         source = self.problem.source
-        return Job(source, control.label, control.method, None, seed, settings, self._data, control.weights_of)
+        weights = control.weights_of
+        return Job(source, control.label, control.method, None, seed, settings, self._data, weights, self.device)
 
     @property
     def _data(self) -> str | None:
@@ -109,6 +112,7 @@ def prepare(root: Path, plan: Plan, command: str, tuning: Mapping[str, Any] | No
             "torch": torch.__version__,
             "python": platform.python_version(),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            "device": plan.device,
             "gradients of": "parameters",
         },
     }

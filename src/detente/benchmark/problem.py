@@ -47,6 +47,7 @@ Trunks with BatchNorm or LayerNorm can be trained by connection strength, which 
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import importlib
@@ -55,7 +56,7 @@ import inspect
 import math
 import pkgutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -96,7 +97,7 @@ class Problem:
         name: built-in name, or the stem of the user's file.
         source: what :func:`load_problem` was given; loads the same problem in another process.
         description: first line of the module's docstring.
-        digest: hash of the module's file.
+        digest: hash of the user's file; of a built-in problem's module and of what it is made of, see :func:`parts`.
         tasks: ``{task: {metric: "max" or "min"}}``, in order.
         settings: defaults for every setting.
         module: the module itself.
@@ -286,6 +287,31 @@ def _first_line(module: ModuleType) -> str:
     return (module.__doc__ or "").strip().partition("\n")[0]
 
 
+PARTS = ("datasets", "dense", "metrics", "models", "problems")
+"""What built-in problems are made of, in ``detente.benchmark``."""
+
+
+def parts(module: Path) -> set[Path]:
+    """The file of a built-in problem's module, and those among `PARTS` that it imports, directly or indirectly."""
+    package = module.parents[1]
+    found, pending = set[Path](), [module]
+    while pending:
+        path = pending.pop()
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("detente.benchmark"):
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+                places = [str(name).split(".")[2:] for name in names]
+                files = (package.joinpath(*place).with_suffix(".py") for place in places if place and place[0] in PARTS)
+                pending += [file for file in files if file.is_file() and file not in found]
+    return found
+
+
+def digest(files: Iterable[Path]) -> str:
+    """Hash of the files' contents."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:16]
+
+
 def load_problem(source: str) -> Problem:
     """Load a built-in problem by name or a user's by the path of its file.
 
@@ -307,7 +333,7 @@ def load_problem(source: str) -> Problem:
             spec.loader.exec_module(module)
         except Exception as error:
             raise ValueError(f"problem file {source!r} cannot be run: {type(error).__name__}: {error}") from error
-        source = str(path)
+        source, files = str(path), {path}
     else:
         known = list_problems()
         if source not in known:
@@ -317,6 +343,7 @@ def load_problem(source: str) -> Problem:
             )
         name = source
         module = importlib.import_module(f"{builtin.__name__}.{name}")
+        files = parts(Path(str(module.__file__)))
     missing = [n for n in REQUIRED if not hasattr(module, n)]
     if missing and not hasattr(module, "compare"):
         raise ValueError(
@@ -330,6 +357,5 @@ def load_problem(source: str) -> Problem:
                 raise ValueError(
                     f"problem {name!r}: tasks[{task!r}][{metric!r}] must be 'max' or 'min'; got {direction!r}."
                 )
-    digest = hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()[:16]
     settings = dict(module.settings) if hasattr(module, "compare") else {**DEFAULTS, **module.settings}
-    return Problem(name, source, _first_line(module), digest, tasks, settings, module)
+    return Problem(name, source, _first_line(module), digest(files), tasks, settings, module)

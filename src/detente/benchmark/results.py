@@ -28,6 +28,9 @@ SINGLE = "single"
 EQUAL = "gd"
 """Label of equal weights, the method every other one is laid beside."""
 
+NAMED = 3
+"""Methods that the verdict names of a longer list."""
+
 Directions = Mapping[str, Mapping[str, str]]
 """Task -> metric -> "max" or "min"; the order of the tasks is the order everywhere."""
 
@@ -377,7 +380,7 @@ def _claim(items: Sequence[Difference], equals: str) -> str:
     """ "a is better than equal weights by 3.9 points of delta-m (95% interval ... 3.6 to 4.2) and b by 2.4 (...)"."""
     sign = 1 if items[0].points.mean >= 0 else -1
     parts = []
-    for index, item in enumerate(items):
+    for index, item in enumerate(items if len(items) <= NAMED + 1 else items[:NAMED]):
         mean = sign * item.points.mean
         low, high = sorted(sign * end for end in item.points.student())
         comparative = f" is {'better' if sign > 0 else 'worse'} than {equals}" if index == 0 else ""
@@ -385,6 +388,8 @@ def _claim(items: Sequence[Difference], equals: str) -> str:
         head = "95% interval of the paired difference " if index == 0 else ""
         interval = f"({head}{_number(low)} to {_number(high)})"
         parts.append(f"{item.label}{comparative} by {_number(mean)}{unit} {interval}")
+    if len(items) > len(parts):
+        parts.append(f"{len(items) - len(parts)} more by less")
     return _listed(parts)
 
 

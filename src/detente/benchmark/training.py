@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, TensorDataset
 
 from detente.benchmark.controls import fixed_weights
+from detente.benchmark.device import Elsewhere, clock, moved
 from detente.benchmark.division import Division
 from detente.benchmark.files import read_checkpoint, write_checkpoint, write_json
 from detente.benchmark.job import Job, Progress
@@ -147,18 +148,24 @@ class _Log:
 
 
 def _evaluate(
-    problem: Problem, model: nn.Module, data: Dataset[Any], tasks: tuple[str, ...], per_task: bool
+    problem: Problem,
+    model: nn.Module,
+    data: Dataset[Any],
+    tasks: tuple[str, ...],
+    per_task: bool,
+    device: torch.device,
 ) -> dict[str, dict[str, float]]:
     was_training = model.training
     model.eval()
+    used = model if device.type == "cpu" else Elsewhere(model, device).eval()
     try:
         with torch.no_grad():
             if not per_task:
-                return problem.metrics(model, data, tasks)
+                return problem.metrics(used, data, tasks)
             figures = {}
             for task in tasks:
                 with active_task(task):
-                    figures.update(problem.metrics(model, data, (task,)))
+                    figures.update(problem.metrics(used, data, (task,)))
             return figures
     finally:
         model.train(was_training)
@@ -170,14 +177,17 @@ def _seed(seed: int) -> None:
     random.seed(seed)
 
 
-def _random_state() -> dict[str, Any]:
+def _random_state(device: torch.device) -> dict[str, Any]:
     name, keys, *rest = np.random.get_state()  # noqa: NPY002
     assert isinstance(keys, np.ndarray)
-    return {"torch": torch.get_rng_state(), "numpy": [str(name), keys.tolist(), *rest], "python": random.getstate()}
+    state = {"torch": torch.get_rng_state(), "numpy": [str(name), keys.tolist(), *rest], "python": random.getstate()}
+    return state if device.type != "cuda" else {**state, "cuda": torch.cuda.get_rng_state(device)}
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
+def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
     random.setstate(state["python"])
@@ -199,9 +209,11 @@ class _Training:
         _seed(job.seed)
         self.model = self.problem.make_model(self.tasks, job.settings)
         self.spec = Spec.parse(job.method)
+        self.device = torch.device(job.device)
         self.per_task = "model" in method_class(self.spec.method).needs
         if self.per_task:
             convert_task_norm(self.model, self.tasks)
+        self.model.to(self.device)
         self.division.join(self.model)
         self.method: Method = self.spec.build(self.model, job.settings["epochs"], job.seed)
         self.optimizer = self.problem.make_optimizer(self.model, job.settings)
@@ -235,7 +247,7 @@ class _Training:
             "method": self.method.state_dict(),
             "generator": self.generator.get_state(),
             "second": self.second.get_state(),
-            "random": _random_state(),
+            "random": _random_state(self.device),
         }
         write_checkpoint(path, content | {key: getattr(self, key) for key in self.PLAIN})
 
@@ -250,7 +262,7 @@ class _Training:
             self.method.load_state_dict(saved["method"])
             self.generator.set_state(saved["generator"])
             self.second.set_state(saved["second"])
-            _set_random_state(saved["random"])
+            _set_random_state(saved["random"], self.device)
             for key in self.PLAIN:
                 setattr(self, key, saved[key])
 
@@ -284,7 +296,7 @@ class _Training:
         """Autocast where it was asked for. bfloat16 has the range of float32, so no method needs a loss scale."""
         if self.job.settings["precision"] == "float32":
             return nullcontext()
-        return torch.autocast("cpu", torch.bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16)
 
     def _clip(self, *_: Any) -> None:
         """Shorten the gradient that the optimizer is about to take: the same rule for every method and schedule."""
@@ -315,7 +327,8 @@ class _Training:
         return closure
 
     def _second_losses(self, tasks: tuple[str, ...] | None = None) -> dict[str, Tensor]:
-        return self._losses(self.model, next(self._second_pass), self.tasks if tasks is None else tasks)
+        batch = moved(next(self._second_pass), self.device)
+        return self._losses(self.model, batch, self.tasks if tasks is None else tasks)
 
     def _batches(self, generator: torch.Generator) -> DataLoader[Any]:
         size = self.job.settings["batch_size"]
@@ -323,14 +336,14 @@ class _Training:
 
     def warm_up(self) -> None:
         """One backward pass on a copy, so that one-time allocations of the libraries do not count as the job's."""
-        before = _random_state()
-        batch = next(iter(self._batches(torch.Generator())))
+        before = _random_state(self.device)
+        batch = moved(next(iter(self._batches(torch.Generator()))), self.device)
         model = copy.deepcopy(self.model)
         for task in self.tasks:
             with active_task(task):
                 for loss in self._losses(model, batch, (task,)).values():
                     loss.backward()  # type: ignore[no-untyped-call]
-        _set_random_state(before)
+        _set_random_state(before, self.device)
 
     def run_epoch(self, progress: Callable[[float, str], None]) -> None:
         settings = self.job.settings
@@ -346,12 +359,13 @@ class _Training:
         for k, batch in enumerate(loader):
             if not self._labelled(batch):
                 continue
+            batch = moved(batch, self.device)
             probing = k % settings["probe_every"] == 0
             log.step()
-            start = time.process_time()
+            start = clock(self.device)
             update = step(self._closure(batch, log, probing), self.optimizer, self.method, counts=self.counts)
             if not probing:
-                self.step_times.append(1000 * (time.process_time() - start))
+                self.step_times.append(1000 * (clock(self.device) - start))
             for task, weight in update.weights.items():
                 log.weights[task] += weight.double().mean()
             log.unsolved += int(update.stats.get("unsolved", 0))
@@ -392,7 +406,7 @@ class _Training:
 
     def _figures(self, split: str) -> dict[str, dict[str, float]]:
         return self.division.agreed(
-            lambda: _evaluate(self.problem, self.model, self.data[split], self.tasks, self.per_task)
+            lambda: _evaluate(self.problem, self.model, self.data[split], self.tasks, self.per_task, self.device)
         )
 
     def _observe_metrics(self) -> None:
@@ -506,7 +520,7 @@ def train(job: Job, root: Path, progress: Progress) -> None:
     say(training.epoch / job.settings["epochs"], training._line())
     training.warm_up()
     saved = time.monotonic()
-    with PeakMemory() as memory:
+    with PeakMemory(training.device) as memory:
         while not training.done():
             try:
                 training.run_epoch(say)

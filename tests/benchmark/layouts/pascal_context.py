@@ -13,7 +13,7 @@ from detente.benchmark.datasets.pascal_context import FILES, SEMANTICS
 
 
 def write(directory: Path, train: int = 4, test: int = 2, seed: int = 0, size: tuple[int, int] = (60, 80)) -> None:
-    """``train`` photos to train and validate on, and ``test`` in the official val; the first of each shows a person.
+    """``train`` photos to train and validate on, and ``test`` in the official val, of which only the first shows a person.
 
     They are at most 500 x 500 officially. Every second one has its classes from VOC 2012.
     """
@@ -37,8 +37,8 @@ def write(directory: Path, train: int = 4, test: int = 2, seed: int = 0, size: t
         context = np.full(size, 360, np.uint16)  # sky, which has no normals
         context[20:] = 440  # wall
         savemat(directory / "pascal-context/trainval" / f"{name}.mat", {"LabelMap": context})
-        parts = [("head", box(size, 20, 30)), ("lhand", box(size, 30, 35))] if k in (0, train) else []
-        things = [(15, parts), (7, [])] if k in (0, train) else [(7, [])]
+        parts = [("head", box(size, 20, 30)), ("lhand", box(size, 30, 35))] if k <= train else []
+        things = [(15, parts), (7, [])] if k <= train else [(7, [])]
         savemat(directory / "human_parts" / f"{name}.mat", {"anno": annotation(name, things, size)})
 
 

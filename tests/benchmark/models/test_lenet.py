@@ -23,6 +23,10 @@ def test_half_the_width_is_the_network_with_250_features():
     assert count(LeNet(TASKS, width=1e-9)) > 0
 
 
+def test_batch_norm_has_two_parameters_for_each_of_its_channels():
+    assert count(LeNet(TASKS, width=0.5, norm=True)) - count(LeNet(TASKS, width=0.5)) == 2 * (5 + 10 + 50)
+
+
 def test_shapes():
     assert shapes(LeNet(TASKS)(torch.rand(3, 1, 36, 36))) == {"left": (3, 10), "right": (3, 10)}
     assert shapes(LeNet(("one",), classes=7, size=28)(torch.rand(2, 1, 28, 28))) == {"one": (2, 7)}
@@ -32,4 +36,5 @@ def test_gradients_and_dropout():
     images = torch.rand(8, 1, 36, 36, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
     check_gradients(LeNet(TASKS), images)
+    check_gradients(LeNet(TASKS, norm=True), images)
     check_dropout(lambda rate: LeNet(TASKS, dropout=rate), images)

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 import detente
-from detente.benchmark.engines import local
+from detente.benchmark.engines.local import Local
 from detente.benchmark.plan import Plan
 from detente.benchmark.problem import load_problem
 from detente.benchmark.problems import logic
@@ -25,7 +25,8 @@ def train(root: Path, labels: list[str], seeds: range, epochs: int) -> tuple[lis
     """Results of the methods (without baselines), and errors."""
     problem = load_problem("logic")
     (jobs,) = Plan(problem, [Spec.parse(label) for label in labels], seeds, problem.settle({"epochs": epochs})).jobs()
-    errors = local.run([job for job in jobs if job.task is None], root, 2, lambda _: None)
+    with Local(2) as run:
+        errors = run([job for job in jobs if job.task is None], root, lambda _: None)
     return [json.loads(path.read_text()) for path in sorted(root.glob("runs/*/*/result.json"))], errors
 
 

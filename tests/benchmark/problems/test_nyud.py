@@ -14,6 +14,7 @@ from PIL import Image
 from benchmark.dense_model import Payload, check_metrics, check_training, cut
 from benchmark.layouts import nyud as layout
 from detente.benchmark.datasets.source import DataError
+from detente.benchmark.models.hrnet import HRNet
 from detente.benchmark.problems import nyud
 
 TASKS = tuple(nyud.tasks)
@@ -101,6 +102,10 @@ def test_the_network(official: Path):
         nyud.make_model(TASKS, "vgg")
 
 
+def test_the_published_trunk_is_the_small_hrnet():
+    assert nyud.make_model(("depth",)).trunk.state_dict().keys() == HRNet(small=True).state_dict().keys()
+
+
 def test_weights_of_a_trunk_are_loaded_from_a_file(tmp_path: Path):
     trunk = nyud.make_model(("depth",), "resnet18", width=0.1).trunk
     file = tmp_path / "weights.pth"
@@ -152,8 +157,8 @@ def objects(path: Path) -> None:
         ("images/0004.png", picture(0, 480, 640, 3), "480x640 pixels; expected at most 448x576"),
         ("segmentation/0004.png", picture(41, *SIZE), "label 41; expected 0 to 40"),
         ("segmentation/0004.png", picture(1, *SIZE, 3), "mode RGB"),
-        ("edge/0004.png", picture(0, 53, 71), "53x71; expected 53x70"),
-        ("normals/0004.png", picture(0, 54, 70, 3), "54x70x3; expected 53x70x3"),
+        ("edge/0004.png", picture(0, 53, 71), "53x71 pixels; expected 53x70"),
+        ("normals/0004.png", picture(0, 54, 70, 3), "54x70 pixels; expected 53x70"),
         ("depth/0004.npy", objects, "cannot be read"),
         ("depth/0004.npy", cut, "cannot be read"),
         ("depth/0004.npy", lambda path: np.save(path, np.full(SIZE, -1.0)), "depth -1"),

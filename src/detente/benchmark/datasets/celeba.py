@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -18,7 +17,7 @@ __all__ = ["ATTRIBUTES", "Faces", "read"]
 
 IMAGES, ATTRIBUTE_LIST, PARTITION = "Img/img_align_celeba", "Anno/list_attr_celeba.txt", "Eval/list_eval_partition.txt"
 OFFICIAL = {"train": 162_770, "val": 19_867, "test": 19_962}  # in the order of the partition's numbers 0, 1, 2
-HEIGHT, WIDTH = 218, 178
+SIZE = (218, 178)
 SIDE = 64
 
 ATTRIBUTES = (
@@ -43,11 +42,8 @@ class Faces(Dataset[tuple[Tensor, Tensor]]):
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        path = self.directory / self.names[index]
-        picture = source.read_picture(path)
-        source.check_shape(path, picture, (HEIGHT, WIDTH, 3))
-        small = Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-        return torch.from_numpy(np.array(small)).permute(2, 0, 1), self.attributes[index]
+        picture = source.read_picture(self.directory / self.names[index], SIZE, resize=(SIDE, SIDE))
+        return torch.from_numpy(picture).permute(2, 0, 1), self.attributes[index]
 
 
 def read(directory: Path, download: str, partial: bool) -> dict[str, Faces]:

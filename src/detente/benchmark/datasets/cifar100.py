@@ -29,6 +29,8 @@ CLASSES = (
     (27, 29, 44, 78, 93), (36, 50, 65, 74, 80), (47, 52, 56, 59, 96), (8, 13, 48, 58, 90), (41, 69, 81, 85, 89),
 )  # fmt: skip
 """Fine labels of each superclass."""
+LABELS = {"fine_labels": 100, "coarse_labels": 20}
+"""How many there are of each kind."""
 
 
 def read(directory: Path, download: str, partial: bool) -> dict[str, TensorDataset]:
@@ -70,9 +72,6 @@ def _read(path: Path) -> tuple[Tensor, Tensor, Tensor]:
             f"{path}: image {k} has class {fine[k]} in superclass {coarse[k]}, where it does not belong."
         )
     return torch.from_numpy(images.reshape(-1, 3, 32, 32)), torch.from_numpy(coarse), torch.from_numpy(place[fine, 1])
-
-
-LABELS = {"fine_labels": 100, "coarse_labels": 20}
 
 
 def _labels(path: Path, values: object, count: int, classes: int) -> NDArray[np.int64]:

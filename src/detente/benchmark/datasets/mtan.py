@@ -59,8 +59,8 @@ class Arrays(Dataset[tuple[Tensor, ...]]):
 
     def _map(self, path: Path, channels: int) -> Tensor:
         array = source.read_array(path, (*self.size, channels))
-        if channels == 1 and array.min() < 0:
-            raise source.DataError(f"{path} has the depth {array.min()}; expected 0 (unknown) or more.")
+        if channels == 1:
+            source.check_depth(path, array)
         return torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 0), dtype=np.float32))
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw
 
-from detente.benchmark.datasets.source import DataError, present, read_json
+from detente.benchmark.datasets.source import DataError, present, read_json, read_picture
 
 __all__ = [
     "CAMERAS",
@@ -38,7 +38,7 @@ __all__ = [
 
 CAMERAS = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT")
 REFERENCE = "LIDAR_TOP"  # a sample is annotated at the time of its lidar sweep
-IMAGE = (1600, 900)
+IMAGE = (900, 1600)  # height, width
 LOCATIONS = ("singapore-onenorth", "singapore-hollandvillage", "singapore-queenstown", "boston-seaport")
 LAYERS = ("drivable_area", "ped_crossing", "walkway")
 KINDS = ("car", "truck", "bus", "trailer", "construction_vehicle", "motorcycle", "bicycle")
@@ -407,26 +407,18 @@ def _fill(polygon: Polygon, pose: Array, grid: Grid) -> NDArray[np.bool_]:
 
 
 def read_view(path: Path, matrix: Array, height: int, width: int) -> NDArray[np.uint8]:
-    """An image [3, height, width] of a camera, with its pixels moved by ``matrix`` [3, 3]; black where nothing is.
+    """An image [height, width, 3] of a camera, with its pixels moved by ``matrix`` [3, 3]; black where nothing is.
 
     It is made smaller first, so that the samples of the move do not alias.
 
     Raises:
-        DataError: it is cut off, no JPEG, or of another size than `IMAGE`.
+        DataError: it is cut off, no picture, or of another size than `IMAGE`.
     """
     scale = math.sqrt(abs(float(np.linalg.det(matrix[:2, :2]))))
     small = (round(IMAGE[0] * scale), round(IMAGE[1] * scale))
-    try:
-        with Image.open(present(path), formats=["JPEG"]) as image:
-            if image.size != IMAGE:
-                raise DataError(f"{path} has {image.size[0]}x{image.size[1]} pixels; expected {IMAGE[0]}x{IMAGE[1]}.")
-            image.draft("RGB", small)  # decodes to the next larger eighth, quarter or half
-            view = image.convert("RGB").resize(small, Image.Resampling.BILINEAR)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}. It is damaged or not the official file.") from error
-    back = np.linalg.inv(matrix @ np.diag([IMAGE[0] / small[0], IMAGE[1] / small[1], 1.0]))
+    view = Image.fromarray(read_picture(path, IMAGE, resize=small))
+    back = np.linalg.inv(matrix @ np.diag([IMAGE[1] / small[1], IMAGE[0] / small[0], 1.0]))
     moved = view.transform(
         (width, height), Image.Transform.AFFINE, back[:2].ravel().tolist(), Image.Resampling.BILINEAR
     )
-    pixels: NDArray[np.uint8] = np.asarray(moved, dtype=np.uint8).transpose(2, 0, 1)
-    return pixels
+    return np.array(moved)

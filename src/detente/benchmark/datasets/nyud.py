@@ -44,18 +44,14 @@ class Rooms(Dataset[tuple[Tensor, ...]]):
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         at = paths(self.directory, self.names[index])
         image = source.read_picture(at["images"])
-        size = image.shape[:2]
+        size = (image.shape[0], image.shape[1])
         source.check_fits(at["images"], size, SIZE)
-        labels = source.read_picture(at["segmentation"], labels=True)
-        source.check_shape(at["segmentation"], labels, size)
+        labels = source.read_picture(at["segmentation"], size, labels=True)
         source.check_labels(at["segmentation"], labels, CLASSES + 1)
-        edges = source.read_picture(at["edge"], labels=True)
-        source.check_shape(at["edge"], edges, size)
         depth = source.read_array(at["depth"], size)
-        if depth.min() < 0:
-            raise source.DataError(f"{at['depth']} has the depth {depth.min()}; expected 0 (unknown) or more.")
-        normals = source.read_picture(at["normals"])
-        source.check_shape(at["normals"], normals, (*size, 3))
+        source.check_depth(at["depth"], depth)
+        normals = source.read_picture(at["normals"], size)
+        edges = source.read_picture(at["edge"], size, labels=True)
         return (
             padded(picture(image), SIZE, 0.0),
             padded(torch.from_numpy(labels.astype(np.int64) - 1), SIZE, IGNORE),  # 0 is unlabelled

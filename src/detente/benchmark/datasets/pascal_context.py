@@ -85,8 +85,7 @@ class Photos(Dataset[tuple[Tensor, ...]]):
         size = (image.shape[0], image.shape[1])
         source.check_fits(at[IMAGES], size, SIZE)
         context = _context(at[CONTEXT], size)
-        normals = source.read_picture(at[NORMALS])
-        source.check_shape(at[NORMALS], normals, (*size, 3))
+        normals = source.read_picture(at[NORMALS], size)
         labels = (
             _semantics(at["semseg"], size),
             _human_parts(at[HUMANS], size),
@@ -99,21 +98,19 @@ class Photos(Dataset[tuple[Tensor, ...]]):
 
 
 def _semantics(path: Path, size: tuple[int, int]) -> NDArray[np.int64]:
-    labels = source.read_picture(path, labels=True)
-    source.check_shape(path, labels, size)
+    labels = source.read_picture(path, size, labels=True)
     source.check_labels(path, labels, CLASSES, (255,))
     return np.where(labels == 255, IGNORE, labels.astype(np.int64))
 
 
 def _saliency(path: Path, size: tuple[int, int]) -> NDArray[np.int64]:
-    found = source.read_picture(path, labels=True)
-    source.check_shape(path, found, size)
-    return (found > 127).astype(np.int64)
+    return (source.read_picture(path, size, labels=True) > 127).astype(np.int64)
 
 
 def _context(path: Path, size: tuple[int, int]) -> NDArray[np.int64]:
     def take(labels: NDArray[Any]) -> NDArray[np.int64]:
-        return _numbers(path, labels, size).astype(np.int64)
+        source.check_numbers(path, labels, size)
+        return labels.astype(np.int64)
 
     labels: NDArray[np.int64] = source.read_mat(path, "LabelMap", take)
     return labels
@@ -130,18 +127,12 @@ def _human_parts(path: Path, size: tuple[int, int]) -> NDArray[np.int64]:
                     name = str(part["part_name"].item())
                     if name not in PART:
                         raise source.DataError(f"{path} has the human part {name!r}, which the official files lack.")
-                    labels[_numbers(path, part["mask"], size) != 0] = PART[name]
+                    source.check_numbers(path, part["mask"], size)
+                    labels[part["mask"] != 0] = PART[name]
         return labels if annotated else np.full(size, IGNORE)
 
     labels: NDArray[np.int64] = source.read_mat(path, "anno", take)
     return labels
-
-
-def _numbers(path: Path, array: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
-    source.check_shape(path, array, size)
-    if array.dtype.kind not in "fiub":
-        raise source.DataError(f"{path} holds {array.dtype}; expected numbers.")
-    return array
 
 
 def _edges(context: NDArray[np.int64]) -> NDArray[np.int64]:

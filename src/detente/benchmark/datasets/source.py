@@ -25,8 +25,11 @@ from scipy.io import loadmat
 __all__ = [
     "DataError",
     "check_count",
+    "check_depth",
     "check_fits",
     "check_labels",
+    "check_numbers",
+    "check_shape",
     "folder",
     "held_out",
     "listed",
@@ -39,11 +42,14 @@ __all__ = [
     "read_pickle",
     "read_picture",
     "read_tensors",
+    "shipped",
     "validation",
 ]
 
 Shape = tuple[int | None, ...]
 """Expected sizes; None where any will do."""
+Size = tuple[int, int]
+"""Height and width."""
 
 
 class DataError(ValueError):
@@ -98,12 +104,23 @@ def read_array(path: Path, shape: Shape) -> NDArray[Any]:
         DataError: it is missing, cut off, pickled, of another shape, or not finite.
     """
     array: NDArray[Any] = _reading(path, lambda: np.load(present(path), allow_pickle=False))
+    check_numbers(path, array, shape)
+    return array
+
+
+def check_numbers(path: Path, array: NDArray[Any], shape: Shape) -> None:
+    """Raise where an array that was read from ``path`` has other sizes than ``shape``, or holds no finite numbers."""
     check_shape(path, array, shape)
     if array.dtype.kind not in "fiub":
         raise DataError(f"{path} holds {array.dtype}; expected numbers.")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise DataError(f"{path} has values that are not finite. Unpack the archive again.")
-    return array
+
+
+def check_depth(path: Path, depth: NDArray[Any]) -> None:
+    """Raise where a depth is negative."""
+    if depth.min() < 0:
+        raise DataError(f"{path} has the depth {depth.min()}; expected 0 (unknown) or more.")
 
 
 def check_shape(path: Path, array: NDArray[Any], shape: Shape) -> None:
@@ -113,7 +130,7 @@ def check_shape(path: Path, array: NDArray[Any], shape: Shape) -> None:
         raise DataError(f"{path} has the shape {'x'.join(map(str, array.shape))}; expected {wanted}.")
 
 
-def check_fits(path: Path, size: Sequence[int], largest: Sequence[int]) -> None:
+def check_fits(path: Path, size: Size, largest: Size) -> None:
     """Raise where a picture that was read from ``path`` is larger than the official ones, (height, width)."""
     if any(got > most for got, most in zip(size, largest, strict=True)):
         got, most = ("x".join(map(str, each)) for each in (size, largest))
@@ -139,18 +156,35 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
-def read_picture(path: Path, labels: bool = False) -> NDArray[np.uint8]:
+def read_picture(
+    path: Path, size: Size | None = None, labels: bool = False, resize: Size | None = None
+) -> NDArray[np.uint8]:
     """A PNG or JPEG file as RGB [H, W, 3]; with ``labels`` the bytes of a grey or palette picture, [H, W].
 
+    Args:
+        path: of the file.
+        size: (H, W) that it must have.
+        labels: see above.
+        resize: (H, W) to make a picture in colours smaller to, bilinearly.
+
     Raises:
-        DataError: it is missing, cut off, or no picture; or ``labels`` are asked of one in colours.
+        DataError: it is missing, cut off, no such picture or of another size; or ``labels`` are asked of one in
+            colours.
     """
 
     def read() -> NDArray[np.uint8]:
-        with Image.open(present(path)) as picture:
-            if labels and picture.mode not in ("L", "P"):
-                raise DataError(f"{path} is a picture of mode {picture.mode}; expected one byte per pixel.")
-            return np.array(picture if labels else picture.convert("RGB"))
+        with Image.open(present(path), formats=("JPEG", "PNG")) as picture:
+            if size not in (None, picture.size[::-1]):
+                wanted, got = ("x".join(map(str, each)) for each in (size, picture.size[::-1]))
+                raise DataError(f"{path} has {got} pixels; expected {wanted}. It is not the official file.")
+            if labels:
+                if picture.mode not in ("L", "P"):
+                    raise DataError(f"{path} is a picture of mode {picture.mode}; expected one byte per pixel.")
+                return np.array(picture)
+            if resize is None:
+                return np.array(picture.convert("RGB"))
+            picture.draft("RGB", resize[::-1])  # decodes a JPEG to the next larger half, quarter or eighth
+            return np.array(picture.convert("RGB").resize(resize[::-1], Image.Resampling.BILINEAR))
 
     array: NDArray[np.uint8] = _reading(path, read)
     return array
@@ -238,10 +272,15 @@ def validation(name: str, samples: Sequence[str]) -> tuple[list[str], list[str]]
     those that are there (fewer than published where ``partial``); without any of the listed ones the last sample
     validates.
     """
-    listed = set(files("detente.benchmark").joinpath(f"splits/{name}.txt").read_text().split())
-    if listed.isdisjoint(samples):
-        listed = set(samples[-1:])
-    return [sample for sample in samples if sample not in listed], [sample for sample in samples if sample in listed]
+    held = shipped(name)
+    if held.isdisjoint(samples):
+        held = set(samples[-1:])
+    return [sample for sample in samples if sample not in held], [sample for sample in samples if sample in held]
+
+
+def shipped(name: str) -> set[str]:
+    """The names in ``splits/<name>.txt``."""
+    return set(files("detente.benchmark").joinpath(f"splits/{name}.txt").read_text().split())
 
 
 def listed(
@@ -275,8 +314,9 @@ def listed(
 def held_out(names: Sequence[str], share: float = 0.1) -> tuple[list[str], list[str]]:
     """Training names without, and those of, a validation split that each name's own hash decides.
 
-    About ``share`` of the names are held out, the same ones whichever others are there (as with ``partial``). Where
-    none would be, the one with the lowest hash is.
+    For data sets whose names are only in their own files, so that detente ships no list. About ``share`` of the names
+    are held out, the same ones whichever others are there (as with ``partial``). Where none would be, the one with the
+    lowest hash is.
     """
     rank = {name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64 for name in names}
     held = {name for name in names if rank[name] < share} or set(sorted(names, key=rank.__getitem__)[:1])

@@ -25,7 +25,7 @@ class Follows(Protocol):
 
 
 class Augmented(Dataset[Sample]):
-    """Samples that are mirrored (every other one), scaled, rotated and cropped at random, whenever they are read.
+    """Samples that are mirrored (half of them), scaled, rotated and cropped at random, whenever they are read.
 
     Args:
         data: samples (image [3, H, W], targets).

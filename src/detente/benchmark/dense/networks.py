@@ -19,7 +19,7 @@ __all__ = ["segnet", "with_trunk"]
 T = TypeVar("T")
 
 TRUNKS: dict[str, Callable[[float], nn.Module]] = {
-    "hrnet18": lambda width: HRNet(scaled(18, width)),
+    "hrnet18": lambda width: HRNet(scaled(18, width), small=True),
     "resnet18": lambda width: resnet18(width=width, dilated=True),
     "resnet50": lambda width: resnet50(width=width, dilated=True),
 }
@@ -37,7 +37,7 @@ def segnet(channels: Mapping[str, int], architecture: str, width: float, dropout
 def with_trunk(
     channels: Mapping[str, int], architecture: str, width: float, dropout: float, pretrained: str
 ) -> nn.Module:
-    """A trunk ("hrnet18", or dilated "resnet18" or "resnet50") with a head per task.
+    """A trunk ("hrnet18": HRNet-W18-Small-v2, as MTI-Net has it; or dilated "resnet18" or "resnet50"), a head per task.
 
     Args:
         channels: of the tasks' outputs.

@@ -1,5 +1,5 @@
 """Ways to run the jobs of a comparison: processes of this machine, Ray, or torchrun for each job.
 
-Each has one function, ``run(jobs, root, ..., progress) -> {job: error}``. All give the same results: a job knows its
-seeds, and its directory holds its state.
+Each is a context manager that is called with ``(jobs, root, progress)`` and gives ``{job: error}``. All give the same
+results: a job knows its seeds, and its directory holds its state.
 """

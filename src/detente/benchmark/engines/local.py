@@ -10,90 +10,102 @@ from collections import deque
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from detente.benchmark.job import Event, Job, Progress
 from detente.benchmark.training import unfinished, work
 
-__all__ = ["TRIES", "run"]
+__all__ = ["TRIES", "Local"]
 
 TRIES = 3
 """How often a job is begun whose process dies under it."""
 
 
-def run(jobs: Sequence[Job], root: Path, processes: int, progress: Progress) -> dict[str, str]:
-    """Run what is not finished yet, in ``processes`` worker processes.
+class Local:
+    """Runs jobs in up to ``processes`` worker processes, which are kept from one call to the next.
 
-    Returns:
-        Errors by job, ``{"cagrad seed 0": "..."}``; the other jobs have finished.
+    A context manager: leaving it ends the workers.
     """
-    pending = deque(unfinished(jobs, root, progress))
-    errors: dict[str, str] = {}
-    tries: dict[str, int] = {}
-    workers = [_Worker(root) for _ in range(min(processes, len(pending)))]
 
-    def finish(job: Job, error: str | None) -> None:
-        event = job.end(error)
-        if error is not None:
-            errors[event.title] = error
-        progress(event)
+    def __init__(self, processes: int) -> None:
+        self.processes = processes
+        self.workers: list[_Worker] = []
 
-    def lost(worker: _Worker) -> None:
-        job = worker.job
-        workers[workers.index(worker)] = _Worker(root)
-        if job is None:
-            return
-        name, how = job.title, worker.ending()
-        tries[name] = tries.get(name, 0) + 1
-        if tries[name] < TRIES:
-            progress(job.retry(f"its process ended ({how})"))
-            pending.appendleft(job)
-        else:
-            finish(job, f"its process ended {TRIES} times, the last time with {how}")
+    def __enter__(self) -> Local:
+        return self
 
-    try:
-        while pending or any(worker.job for worker in workers):
-            for worker in workers:
+    def __exit__(self, *_: Any) -> None:
+        for worker in self.workers:
+            worker.end()
+        self.workers = []
+
+    def __call__(self, jobs: Sequence[Job], root: Path, progress: Progress) -> dict[str, str]:
+        """Run what is not finished yet.
+
+        Returns:
+            Errors by job, ``{"cagrad seed 0": "..."}``; the other jobs have finished.
+        """
+        pending = deque(unfinished(jobs, root, progress))
+        self.workers += [_Worker() for _ in range(min(self.processes, len(pending)) - len(self.workers))]
+        errors: dict[str, str] = {}
+        tries: dict[str, int] = {}
+
+        def finish(job: Job, error: str | None) -> None:
+            if error is not None:
+                errors[job.title] = error
+            progress(job.end(error))
+
+        def replace(worker: _Worker) -> None:
+            job, how = worker.job, worker.ending()
+            self.workers[self.workers.index(worker)] = _Worker()
+            if job is None:
+                return
+            tries[job.title] = tries.get(job.title, 0) + 1
+            if tries[job.title] < TRIES:
+                progress(job.retry(f"its process ended ({how})"))
+                pending.appendleft(job)
+            else:
+                finish(job, f"its process ended {TRIES} times, the last time with {how}")
+
+        while pending or any(worker.job for worker in self.workers):
+            for worker in self.workers:
                 if worker.job is None and pending:
-                    worker.begin(pending.popleft())
-            ready = wait([part for worker in workers for part in (worker.pipe, worker.process.sentinel)])
-            for worker in list(workers):
+                    worker.begin(pending.popleft(), root)
+            ready = wait([part for worker in self.workers for part in (worker.pipe, worker.process.sentinel)])
+            for worker in list(self.workers):
+                gone = worker.process.sentinel in ready
                 try:
                     while worker.pipe.poll():
                         heard = worker.pipe.recv()
                         if isinstance(heard, Event):
                             progress(heard)
-                        else:
+                        elif worker.job is not None:
                             job, worker.job = worker.job, None
-                            assert job is not None
                             finish(job, heard or None)
-                    gone = worker.process.sentinel in ready
                 except (EOFError, OSError):
                     gone = True
                 if gone:
-                    lost(worker)
-    finally:
-        for worker in workers:
-            worker.end()
-    return errors
+                    replace(worker)
+        return errors
 
 
 class _Worker:
     """A process that takes one job after another."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
-        self.process = context.Process(target=_serve, args=(other, root), daemon=True)
+        self.process = context.Process(target=_serve, args=(other,), daemon=True)
         self.process.start()
         other.close()
         self.job: Job | None = None
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: Job, root: Path) -> None:
         self.job = job
         try:
-            self.pipe.send(job)
+            self.pipe.send((job, root))
         except OSError:
             return  # it has died; its sentinel tells
 
@@ -107,9 +119,10 @@ class _Worker:
         self.pipe.close()  # an idle one reads the end of the pipe
         if self.job is not None:
             self.process.kill()
+        self.process.join()
 
 
-def _serve(pipe: Connection, root: Path) -> None:
+def _serve(pipe: Connection) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; see the watch below
     parent = multiprocessing.parent_process()
@@ -122,7 +135,7 @@ def _serve(pipe: Connection, root: Path) -> None:
     threading.Thread(target=watch, daemon=True).start()
     while True:
         try:
-            job = pipe.recv()
+            job, root = pipe.recv()
         except EOFError:
             return
         pipe.send(work(job, root, pipe.send) or "")

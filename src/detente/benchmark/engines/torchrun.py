@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ import torch.distributed as dist
 from detente.benchmark.job import Event, Job, Progress
 from detente.benchmark.training import unfinished, work
 
-__all__ = ["check_launcher", "run"]
+__all__ = ["Torchrun", "check_launcher"]
 
 ALONE = "failed alone"
 """Text of an event: a process failed, and others wait for it."""
@@ -41,43 +42,51 @@ def check_launcher(name: str) -> None:
         )
 
 
-def run(jobs: Sequence[Job], root: Path, processes: int, progress: Progress) -> dict[str, str]:
-    """Run what is not finished yet, one after another, each on so many processes.
+class Torchrun:
+    """Runs one job after another, each on so many processes."""
 
-    Returns:
-        As :func:`detente.benchmark.engines.local.run`.
+    def __init__(self, processes: int) -> None:
+        self.processes = processes
 
-    Raises:
-        ChildProcessError: torchrun ended before any run had begun.
-    """
-    left = unfinished(jobs, root, progress)
-    errors: dict[str, str] = {}
+    def __enter__(self) -> Torchrun:
+        return self
 
-    def hear(event: Event) -> None:
-        progress(event)
-        if event.error is not None:
-            errors[event.title] = event.error
-        if event.ended:
-            left[:] = [job for job in left if job.title != event.title]
+    def __exit__(self, *_: Any) -> None:
+        """Nothing is left running between calls."""
 
-    while left:
-        begun = stuck = False
-        with _started(left, root, processes) as torchrun:
-            assert torchrun.stdout is not None
-            for line in torchrun.stdout:
-                event = Event(**json.loads(line))
-                hear(event)
-                begun, stuck = True, event.text == ALONE
-                if stuck:
-                    break  # others wait for the process that failed: new ones take what is left
-        if not begun:
-            raise ChildProcessError(
-                f"torchrun ended with {torchrun.returncode} before any run had begun; its messages say why."
-            )
-        if left and not stuck:
-            error = f"a process ended without a word (torchrun: {torchrun.returncode})"
-            hear(left[0].end(error))
-    return errors
+    def __call__(self, jobs: Sequence[Job], root: Path, progress: Progress) -> dict[str, str]:
+        """As :class:`detente.benchmark.engines.local.Local`.
+
+        Raises:
+            ChildProcessError: torchrun ended before any run had begun.
+        """
+        left = unfinished(jobs, root, progress)
+        errors: dict[str, str] = {}
+
+        def hear(event: Event) -> None:
+            progress(event)
+            if event.error is not None:
+                errors[event.title] = event.error
+            if event.ended:
+                left[:] = [job for job in left if job.title != event.title]
+
+        while left:
+            begun = stuck = False
+            with _started(left, root, self.processes) as torchrun:
+                assert torchrun.stdout is not None
+                for line in torchrun.stdout:
+                    event = Event(**json.loads(line))
+                    hear(event)
+                    begun, stuck = True, event.text == ALONE
+                    if stuck:
+                        break  # others wait for the process that failed: new ones take what is left
+            if not begun:
+                raise ChildProcessError(
+                    f"torchrun ended with {torchrun.returncode} before any run had begun; its messages say why."
+                )
+            if left and not stuck:
+                hear(left[0].end(f"a process ended without a word (torchrun: {torchrun.returncode})"))
+        return errors
 
 
 @contextmanager

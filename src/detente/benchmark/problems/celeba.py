@@ -24,7 +24,7 @@ CelebA is on https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html (CelebFaces Attri
 Take "Align&Cropped Images" (img_align_celeba.zip, 1.4 GB), "Attributes Annotations" and "Train/Val/Test Partitions",
 and unpack them to:
 
-  DIRECTORY/
+  data/celeba/    or the folder that --data names
     Img/img_align_celeba/000001.jpg ... 202599.jpg
     Anno/list_attr_celeba.txt
     Eval/list_eval_partition.txt
@@ -44,6 +44,7 @@ settings: dict[str, Any] = {
 presets: dict[str, dict[str, Any]] = {
     "liu2023famo": {"epochs": 15, "batch_size": 256, "lr": 3e-4, "protocol": "val-selected"}
 }
+COLUMN = {attribute: k for k, attribute in enumerate(ATTRIBUTES)}
 
 
 def make_data(directory: Path, partial: bool = False) -> dict[str, Dataset[Any]]:
@@ -79,6 +80,3 @@ def metrics(model: nn.Module, data: Dataset[Any], tasks: tuple[str, ...]) -> dic
         mentions += said.sum(0) + true.sum(0)
     figures = 2 * hits.double() / mentions.clamp_min(1)
     return {task: {"f1": figure} for task, figure in zip(tasks, figures.tolist(), strict=True)}
-
-
-COLUMN = {attribute: k for k, attribute in enumerate(ATTRIBUTES)}

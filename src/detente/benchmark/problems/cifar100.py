@@ -27,7 +27,7 @@ download = """\
 CIFAR-100 is on https://www.cs.toronto.edu/~kriz/cifar.html (Krizhevsky, University of Toronto). Take "CIFAR-100 python
 version" (cifar-100-python.tar.gz, 161 MB) and unpack it to:
 
-  DIRECTORY/
+  data/cifar100/    or the folder that --data names
     cifar-100-python/train
     cifar-100-python/test
     cifar-100-python/meta

@@ -25,7 +25,7 @@ make_scheduler = nyuv2.make_scheduler
 settings: dict[str, Any] = nyuv2.settings | {"batch_size": 8}
 presets = nyuv2.presets
 download = """Cityscapes as prepared by the authors of MTAN: cityscapes2.zip, to which "128x256" links on
-https://github.com/lorenmt/mtan. Unpack it so that this folder holds:
+https://github.com/lorenmt/mtan. Unpack it so that data/cityscapes (or the folder that --data names) holds:
     train/image/0.npy .. 2974.npy    128 x 256 x 3, from 0 to 1
     train/label_7/                   128 x 256, classes 0 to 6, -1 for none (LibMTL's copy calls this folder label)
     train/depth/                     128 x 256 x 1, the disparity, 0 for unknown

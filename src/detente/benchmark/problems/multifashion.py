@@ -1,8 +1,8 @@
 """Multi-Fashion+MNIST: a piece of clothing and a handwritten digit laid over each other; one network names both.
 
 Images of 36x36 as in Lin et al. 2019: FashionMNIST in the upper left corner, MNIST in the lower right, each pixel the
-brighter of the two. Trained as CAGrad (Liu et al. 2021, Appendix B.1) does, with a LeNet of half the channels; the
-paper's has batch norm too.
+brighter of the two. Trained as CAGrad (Liu et al. 2021, Appendix B.1) does: a LeNet of half the channels, with batch
+norm.
 """
 
 from __future__ import annotations
@@ -16,26 +16,22 @@ from torch.utils.data import Dataset
 from detente.benchmark.datasets.digits_overlay import accuracies, cross_entropies, read
 from detente.benchmark.problems import multimnist
 
-download = (
-    """\
+download = """\
 FashionMNIST is on https://github.com/zalandoresearch/fashion-mnist (Zalando Research), section "Get the Data". Unpack
 its four .gz files (gunzip) to:
 
-  DIRECTORY/
+  data/multifashion/    or the folder that --data names
     fashion/train-images-idx3-ubyte
     fashion/train-labels-idx1-ubyte
     fashion/t10k-images-idx3-ubyte
     fashion/t10k-labels-idx1-ubyte
 
-"""
-    + multimnist.download
-)
+""" + multimnist.download.replace("data/multimnist", "data/multifashion")
 
 tasks: dict[str, dict[str, str]] = {"fashion": {"accuracy": "max"}, "digit": {"accuracy": "max"}}
 settings: dict[str, Any] = dict(multimnist.settings)
 presets: dict[str, dict[str, Any]] = dict(multimnist.presets)
-methods = multimnist.methods
-make_model = multimnist.make_model
+ranges, make_model = multimnist.ranges, multimnist.make_model
 COLUMN = {"fashion": 1, "digit": 2}  # of a batch
 
 

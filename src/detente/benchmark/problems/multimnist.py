@@ -1,9 +1,9 @@
 """MultiMNIST: two handwritten digits laid over each other; one network reads the left one and the right one.
 
 Images of 36x36 as in Lin et al. 2019: one digit in the upper left corner, one in the lower right, each pixel the
-brighter of the two. Trained as CAGrad (Liu et al. 2021) trains on Multi-Fashion+MNIST, with a LeNet of half the
-channels; the paper's has batch norm too. With another network Sener and Koltun 2018 reach .9645 and .9495 (accuracy),
-and PCGrad .9658 and .9550 (Yu et al. 2020, Table 4).
+brighter of the two. Trained as CAGrad (Liu et al. 2021, Appendix B.1) trains on Multi-Fashion+MNIST: a LeNet of half
+the channels, with batch norm. With other networks Sener and Koltun 2018 reach accuracies of .9645 and .9495, and PCGrad
+.9658 and .9550 (Yu et al. 2020, Table 4).
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from torch.utils.data import Dataset
 
 from detente.benchmark.datasets.digits_overlay import accuracies, cross_entropies, read
 from detente.benchmark.models.lenet import LeNet
+from detente.method import Range
 
 download = """\
 MNIST is on http://yann.lecun.com/exdb/mnist/ (LeCun, Cortes and Burges; the same files are mirrored at
 https://ossci-datasets.s3.amazonaws.com/mnist/). Unpack the four .gz files (gunzip) to:
 
-  DIRECTORY/
+  data/multimnist/    or the folder that --data names
     mnist/train-images-idx3-ubyte
     mnist/train-labels-idx1-ubyte
     mnist/t10k-images-idx3-ubyte
@@ -36,13 +37,14 @@ settings: dict[str, Any] = {
     "weight_decay": 0.01,
     "dropout": 0.0,
     "width": 0.5,
+    "norm": True,
     "partial": False,
     "seeds": 3,
 }
 presets: dict[str, dict[str, Any]] = {
-    "liu2021cagrad": {"epochs": 50, "batch_size": 256, "lr": 1e-3, "weight_decay": 0.01, "width": 0.5}
+    "liu2021cagrad": {"epochs": 50, "batch_size": 256, "lr": 1e-3, "weight_decay": 0.01, "width": 0.5, "norm": True}
 }
-methods = "cagrad,wpcgrad,cdtt"  # connection strength needs norms, which the network does not have
+ranges = {"weight_decay": Range(1e-4, 1e-1, log=True)}  # about the published one
 COLUMN = {"left": 1, "right": 2}  # of a batch
 
 
@@ -55,9 +57,9 @@ def make_data(directory: Path, partial: bool = False) -> dict[str, Dataset[Any]]
     return dict(read(directory, "mnist", "mnist", download, partial))
 
 
-def make_model(tasks: tuple[str, ...], dropout: float = 0.0, width: float = 0.5) -> nn.Module:
+def make_model(tasks: tuple[str, ...], dropout: float = 0.0, width: float = 0.5, norm: bool = True) -> nn.Module:
     """A LeNet with a head for each of ``tasks``."""
-    return LeNet(tasks, dropout=dropout, width=width)
+    return LeNet(tasks, dropout=dropout, width=width, norm=norm)
 
 
 def losses(model: nn.Module, batch: tuple[Tensor, ...], tasks: tuple[str, ...]) -> dict[str, Tensor]:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +44,10 @@ from detente.benchmark.datasets.nuscenes import (
     read_frames,
     read_view,
 )
-from detente.benchmark.datasets.source import DataError, check_count, folder, held_out
+from detente.benchmark.datasets.source import DataError, check_count, folder, held_out, shipped
+from detente.benchmark.dense.images import picture
 from detente.benchmark.models.bev import BEVNet
+from detente.method import Range
 
 tasks: dict[str, dict[str, str]] = {"map": {"iou": "max"}, "vehicles": {"ap": "max"}}
 settings: dict[str, Any] = {
@@ -69,7 +70,8 @@ presets: dict[str, dict[str, Any]] = {"philion2020lift": {}}
 download = """\
 nuScenes is at https://www.nuscenes.org/nuscenes#download (an account is needed; read its terms of use). Of "Full
 dataset (v1.0)", take for Trainval "Metadata" and the ten file blobs (their keyframes are enough), or Mini instead with
---set version=v1.0-mini; and "Map expansion pack (v1.3)", to be unpacked inside maps/. All go into one folder:
+--set version=v1.0-mini; and "Map expansion pack (v1.3)", to be unpacked inside maps/. All go to:
+  data/nuscenes/   or the folder that --data names
   v1.0-trainval/   scene.json, sample.json, sample_data.json, ego_pose.json, calibrated_sensor.json, sensor.json,
                    sample_annotation.json, instance.json, category.json, log.json (others are not read)
   samples/         CAM_FRONT/*.jpg and the other five cameras, 1600x900
@@ -78,8 +80,8 @@ dataset (v1.0)", take for Trainval "Metadata" and the ten file blobs (their keyf
 Reading the tables of trainval takes a minute or two and a few GB of memory."""
 
 COUNTS = {"v1.0-trainval": (850, 34149), "v1.0-mini": (10, 404)}  # scenes, samples
+ranges = {"weight_decay": Range(1e-8, 1e-3, log=True)}  # about the published one
 CHANNELS = {"map": len(LAYERS), "vehicles": len(KINDS)}
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 PRESENT = 2.13  # weight of what is there in the cross-entropy
 WITHIN = 2.0  # metres
 PEAKS = 100  # detections of a kind that count in a sample
@@ -110,7 +112,7 @@ def make_data(
     scenes = sorted({frame.scene for frame in frames})
     for what, found, official in zip(("scenes", "samples"), (len(scenes), len(frames)), COUNTS[version], strict=True):
         check_count(f"{version} {what}", found, official, partial)
-    official_val = set(files("detente.benchmark").joinpath("splits/nuscenes_val.txt").read_text().split())
+    official_val = shipped("nuscenes_val")
     train, val = held_out([scene for scene in scenes if scene not in official_val])
     splits = {"train": train, "val": val, "test": [scene for scene in scenes if scene in official_val]}
     maps = {place: Map(directory / f"maps/expansion/{place}.json") for place in {frame.location for frame in frames}}
@@ -153,12 +155,10 @@ class Views(Dataset[Sample]):
         images, projections = [], []
         for camera in chosen:
             matrix = framing(*self.size, augment=self.cameras is not None)
-            images.append(read_view(frame.images[camera], matrix, *self.size))
+            images.append(picture(read_view(frame.images[camera], matrix, *self.size)))
             projections.append(matrix @ frame.projections[camera])
-        pixels = torch.from_numpy(np.stack(images)).float() / 255
-        mean, deviation = (torch.tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
         return (
-            (pixels - mean) / deviation,
+            torch.stack(images),
             torch.from_numpy(np.stack(projections)).float(),
             torch.from_numpy(self.maps[frame.location].raster(frame.pose, self.grid)).float(),
             torch.from_numpy(heat_maps(frame.boxes, self.grid)),
@@ -170,13 +170,13 @@ def framing(height: int, width: int, augment: bool) -> NDArray[np.float64]:
 
     ``augment`` draws the size, the part, a mirror image and a turn of up to 5.4 degrees.
     """
-    scale, low, left, mirrored, turn = max(height / IMAGE[1], width / IMAGE[0]), 0.11, 0.5, False, 0.0
+    scale, low, left, mirrored, turn = max(height / IMAGE[0], width / IMAGE[1]), 0.11, 0.5, False, 0.0
     if augment:
         size, low, left, mirror, turn = torch.rand(5).tolist()
         scale *= (0.193 + 0.032 * size) / 0.22
         low, mirrored, turn = 0.22 * low, mirror < 0.5, math.radians(5.4) * (2 * turn - 1)
-    above = (1 - low) * IMAGE[1] * scale - height
-    beside = left * max(0.0, IMAGE[0] * scale - width)
+    above = (1 - low) * IMAGE[0] * scale - height
+    beside = left * max(0.0, IMAGE[1] * scale - width)
     cut = np.array([[scale, 0, -beside], [0, scale, -above], [0, 0, 1]])
     flip = np.array([[-1.0, 0, width], [0, 1, 0], [0, 0, 1]]) if mirrored else np.eye(3)
     centre = np.array([[1.0, 0, width / 2], [0, 1, height / 2], [0, 0, 1]])

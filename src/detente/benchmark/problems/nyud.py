@@ -1,9 +1,10 @@
 """NYUD-v2: indoor photos with segmentation (40 classes), depth, surface normals and edges, as in ASTMT and MTI-Net.
 
 The multi-task baseline of Vandenhende et al., "MTI-Net", ECCV 2020 (github.com/SimonVandenhende/Multi-Task-Learning-
-PyTorch): HRNet-18, Adam, 100 epochs in batches of 8, a learning rate that falls to zero, and its factors of the losses,
-which are part of every task's loss here: equal weights are the published ones. Images keep their size, padded to
-448 x 576 as in ATRC, where MTI-Net resizes them to 480 x 640; the tasks' heads are plain, without its distillation.
+PyTorch): HRNet-18 (in its code HRNet-W18-Small-v2), Adam, 100 epochs in batches of 8, a learning rate that falls to
+zero, and its factors of the losses, which are part of every task's loss here: equal weights are the published ones.
+Images keep their size, padded to 448 x 576 as in ATRC, where MTI-Net resizes them to 480 x 640; the tasks' heads are
+plain, without its distillation.
 
 Published trunks start from ImageNet's weights, and published figures cannot be reached without. None are downloaded:
 give a file of your own with --set pretrained=FILE.
@@ -47,7 +48,8 @@ presets: dict[str, dict[str, Any]] = {
     "vandenhende2021multi": {"protocol": "max-over-training", "architecture": "resnet50"},
 }
 download = """NYUD-v2 as in ATRC: NYUDv2.tar.gz from https://data.vision.ee.ethz.ch/brdavid/atrc/NYUDv2.tar.gz, which
-https://github.com/prismformore/Multi-Task-Transformer/tree/main/InvPT names. Unpack it so that this folder holds:
+https://github.com/prismformore/Multi-Task-Transformer/tree/main/InvPT names. Unpack it so that data/nyud (or the
+folder that --data names) holds:
     images/NAME.png          RGB
     segmentation/NAME.png    classes 1 to 40, 0 for none
     depth/NAME.npy           in metres, 0 for unknown

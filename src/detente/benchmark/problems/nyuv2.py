@@ -37,7 +37,7 @@ presets: dict[str, dict[str, Any]] = {
     "liu2019mtan": {"protocol": "last-10-test", "augment": False},
 }
 download = """NYUv2 as prepared by the authors of MTAN: nyuv2.zip, to which "pre-processed NYUv2 dataset" links on
-https://github.com/lorenmt/mtan. Unpack it so that this folder holds:
+https://github.com/lorenmt/mtan. Unpack it so that data/nyuv2 (or the folder that --data names) holds:
     train/image/0.npy .. 794.npy    288 x 384 x 3, from 0 to 1
     train/label/                    288 x 384, classes 0 to 12, -1 for none
     train/depth/                    288 x 384 x 1, in metres, 0 for unknown

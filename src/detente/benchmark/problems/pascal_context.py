@@ -29,13 +29,14 @@ scene = Dense(
 )
 tasks, losses, counts, metrics = scene.tasks, scene.losses, scene.counts, scene.metrics
 make_scheduler = nyud.make_scheduler
-settings: dict[str, Any] = nyud.settings
+settings: dict[str, Any] = dict(nyud.settings)
 presets: dict[str, dict[str, Any]] = {
     "vandenhende2020mti": {"protocol": "max-over-training"},
     "vandenhende2021multi": {"protocol": "max-over-training", "architecture": "resnet18", "batch_size": 6},
 }
 download = """PASCAL-Context as in ATRC: https://data.vision.ee.ethz.ch/brdavid/atrc/PASCALContext.tar.gz, which
-https://github.com/prismformore/Multi-Task-Transformer/tree/main/InvPT names. Unpack it so that this folder holds:
+https://github.com/prismformore/Multi-Task-Transformer/tree/main/InvPT names. Unpack it so that data/pascal_context
+(or the folder that --data names) holds:
     JPEGImages/NAME.jpg
     semseg/VOC12/NAME.png or semseg/pascal-context/NAME.png    classes 0 to 20, 255 for none
     human_parts/NAME.mat

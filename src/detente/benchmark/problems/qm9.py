@@ -26,7 +26,7 @@ download = """\
 QM9 comes preprocessed by PyTorch Geometric from https://data.pyg.org/datasets/qm9_v3.zip (the file that
 torch_geometric.datasets.QM9 downloads where RDKit is not installed). Unpack it to:
 
-  DIRECTORY/
+  data/qm9/    or the folder that --data names
     raw/qm9_v3.pt
 """
 
