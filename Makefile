@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # two threads under contention are many times slower than one
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-long lint bench bench-agreement bench-solvers bench-steps bench-memory bench-distributed clean
+.PHONY: demo test test-long lint bench bench-agreement bench-solvers bench-steps bench-memory bench-distributed bench-driver clean
 
 demo: .venv/compare
 	$(BIN)/detente compare digits --out runs/demo
@@ -63,6 +63,10 @@ bench-memory: benchmarks/.venv/ready
 
 bench-distributed: benchmarks/.venv/ready
 	$(BENCH) benchmarks/distributed.py
+
+# needs no peer
+bench-driver: .venv/compare
+	$(BIN)/python benchmarks/driver.py
 
 benchmarks/.venv/ready: benchmarks/constraints.txt
 	$(PYTHON) -m venv benchmarks/.venv

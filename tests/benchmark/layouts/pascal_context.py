@@ -13,7 +13,7 @@ from detente.benchmark.datasets.pascal_context import FILES, SEMANTICS
 
 
 def write(directory: Path, train: int = 4, test: int = 2, seed: int = 0, size: tuple[int, int] = (60, 80)) -> None:
-    """``train`` photos to train and validate on, and ``test`` in the official val, of which only the first shows a person.
+    """``train`` photos of a person to train and validate on, and ``test`` in the official val, the first of a person.
 
     They are at most 500 x 500 officially. Every second one has its classes from VOC 2012.
     """
