@@ -1,6 +1,6 @@
 """What the command itself costs beside its trainings, and how N workers scale: ``make bench-driver``.
 
-Every case is ``detente compare digits`` in a process of its own, with as many trainings per worker, one worker after two.
+Every case is ``detente compare digits`` in a process of its own, with as many trainings per worker.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ def main() -> None:
         "# The driver of a comparison",
         "",
         f"`make bench-driver`, {time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} cores, Python "
-        f"{platform.python_version()}; {chosen.trainings} trainings per worker, best of {chosen.rounds} rounds, seconds.",
+        f"{platform.python_version()}; {chosen.trainings} trainings per worker, best of {chosen.rounds} rounds, in s.",
         "",
-        "| workers | whole command | jobs | until the first job reports | own CPU while jobs run | share of that time |",
+        "| workers | whole command | jobs | until the first job reports | own CPU while jobs run | share of it |",
         "|---:|---:|---:|---:|---:|---:|",
     ]
     for workers, row in best.items():

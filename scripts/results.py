@@ -29,8 +29,8 @@ def page(directory: Path, remark: str) -> str:
     lines += [f"- {note}" for note in comparison.notes]
     lines += ["", "## Results", "", tables.markdown(tables.result_grid(comparison))]
     lines += [
-        f"Mean ± distance to the farther end of the 95% interval over {len(comparison.seeds)} seeds; delta-m in percent "
-        f"against single-task training, lower is better. Protocol {comparison.protocol}: "
+        f"Mean ± distance to the farther end of the 95% interval over {len(comparison.seeds)} seeds; delta-m in "
+        f"percent against single-task training, lower is better. Protocol {comparison.protocol}: "
         f"{PROTOCOLS[comparison.protocol]}. Controls, not methods: "
         f"{', '.join(row.label for row in comparison.rows if row.control) or 'none'}.",
         "",

@@ -154,6 +154,20 @@ def test_what_was_tuned_elsewhere_can_be_compared(original, tmp_path):
     assert (out / "results.csv").read_bytes() == (original / "results.csv").read_bytes()
 
 
+def test_tuned_and_untuned_runs_are_never_mixed(original, tmp_path):
+    out = shutil.copytree(original, tmp_path / "out")
+    for tuned in ((), ("--tune", "3")):
+        outcome = run("compare", TINY, *METHODS, "--seeds", "2", *tuned, *QUICK, "--out", out)
+        assert outcome.code == 2
+        assert "holds another comparison: trials was 7" in outcome.text
+    other = json.loads((original / "tuning.json").read_text())
+    other["runs"]["cagrad"]["settings"]["lr"] = 0.5
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    outcome = run("compare", TINY, *METHODS, "--tuned", tmp_path / "other.json", *QUICK, "--out", out)
+    assert outcome.code == 2
+    assert "cagrad was tuned otherwise" in outcome.text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

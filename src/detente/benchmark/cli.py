@@ -413,7 +413,7 @@ def _compare(plan: Plan, root: Path, run: Engine, tuned: str | None) -> dict[str
         problem.module.check(plan.specs)
     tuning = None if tuned is None else _read_tuning(Path(tuned), plan)
     with _locked(root):
-        prepare(root, plan, command)
+        prepare(root, plan, command, tuning)
         if problem.whole:
             with _live(problem.name, 1) as monitor:
                 problem.whole(plan.specs, plan.settings, root, monitor)

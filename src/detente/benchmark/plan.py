@@ -90,6 +90,9 @@ class Plan:
 def prepare(root: Path, plan: Plan, command: str, tuning: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Write down what is asked for, or check that the directory holds this comparison; methods and seeds may be added.
 
+    Args:
+        tuning: content of ``tuning.json``, once it is known.
+
     Raises:
         ValueError: the directory holds another comparison.
     """
@@ -102,7 +105,7 @@ def prepare(root: Path, plan: Plan, command: str, tuning: Mapping[str, Any] | No
         "settings": plan.settings,
         "methods": [*([] if problem.whole else [SINGLE]), *(spec.label for spec in plan.specs)],
         "controls": {control.label: control.kind for control in plan.controls},
-        "trials": plan.trials,
+        "trials": plan.trials or (tuning or {}).get("trials", 0),
         "tuning": tuning,
         "seeds": list(plan.seeds),
         "command": command,
@@ -128,9 +131,20 @@ def prepare(root: Path, plan: Plan, command: str, tuning: Mapping[str, Any] | No
         content["methods"] = list(dict.fromkeys([*before["methods"], *content["methods"]]))
         content["controls"] = {**before.get("controls", {}), **content["controls"]}
         content["seeds"] = sorted({*before["seeds"], *content["seeds"]})
-        content["tuning"] = tuning or before.get("tuning")
+        content["tuning"] = _joined(root, before.get("tuning"), tuning)
     write_json(root / "comparison.json", content)
     return content
+
+
+def _joined(root: Path, before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """What was tuned before and now: methods may be added, but what was chosen for one stays."""
+    if before is None or now is None:
+        return now or before
+    for name in before["runs"].keys() & now["runs"].keys():
+        if before["runs"][name] != now["runs"][name]:
+            raise ValueError(f"{root} holds another comparison: {name} was tuned otherwise. Choose another --out.")
+    both = {key: {**before[key], **now[key]} for key in ("runs", "ranges")}
+    return {**before, **both}
 
 
 def _differing(before: Any, now: Any) -> str:
