@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -403,3 +404,28 @@ def test_rules_on_the_device(name):
     assert found[0].device.type == "cuda"
     # a fixed number of iterations, certified to 1e-8 on well-conditioned gradients
     assert_near([found[0].cpu() @ J], [wanted], 1e-6)
+
+
+def test_a_comparison_on_the_gpu_is_that_on_the_cpu(tmp_path):
+    """One training each; float32 sums in another order, and a handful of steps."""
+    from pathlib import Path
+
+    from detente.benchmark.job import Job
+    from detente.benchmark.problem import load_problem
+    from detente.benchmark.training import train
+
+    path = str(Path(__file__).parent / "benchmark/tiny_problem.py")
+    source = tmp_path / "still.py"
+    source.write_text(Path(path).read_text().replace("nn.Dropout(0.1)", "nn.Identity()"))  # drawn otherwise there
+    settings = load_problem(str(source)).settle({"epochs": 2})
+    found = []
+    for device in ("cpu", "cuda"):
+        job = Job(str(source), "cagrad", "cagrad", None, 0, settings, device=device)
+        train(job, tmp_path / device, lambda _: None)
+        found.append(json.loads((job.directory(tmp_path / device) / "result.json").read_text()))
+    here, there = found
+    for one, other in zip(here["history"], there["history"], strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3)
+        assert other["val"]["sum"]["mse"] == pytest.approx(one["val"]["sum"]["mse"], rel=1e-3)
+    assert there["cost"]["step_ms"] > 0
+    assert there["cost"]["peak_mb"] > 0

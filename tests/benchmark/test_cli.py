@@ -58,7 +58,7 @@ def original(tmp_path_factory) -> Path:
     return out
 
 
-def test_the_module_is_a_command_with_four_subcommands():
+def test_the_module_is_a_command_with_subcommands():
     environment = {**os.environ, "PYTHONPATH": str(Path(detente.__file__).parents[1])}
     command = [sys.executable, "-m", "detente.benchmark", "report", "/nowhere"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -68,7 +68,7 @@ def test_the_module_is_a_command_with_four_subcommands():
     assert "/nowhere" in done.stderr
     shown = run("--help")
     assert shown.code == 0
-    assert all(name in shown.out for name in ("compare", "report", "methods", "problems"))
+    assert all(name in shown.out for name in ("compare", "tune", "report", "methods", "problems"))
 
 
 def test_methods_lists_every_method_with_what_it_does():
@@ -269,3 +269,52 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(missing):
     assert missing in found.stderr
     assert "pip install 'detente[compare]'" in found.stderr
     assert "Traceback" not in found.stderr
+
+
+def test_report_lays_another_comparison_beside(original, tmp_path):
+    one, other = (shutil.copytree(original, tmp_path / name) for name in ("one", "other"))
+    shown = run("report", one, other)
+    assert shown.code == 0, shown.text
+    page = (one / "report.html").read_text()
+    assert f"Against {other}" in page
+    assert f"Against {other}" not in (other / "report.html").read_text()
+
+
+def test_comparisons_of_other_tasks_are_not_laid_side_by_side(original, tmp_path):
+    other = shutil.copytree(original, tmp_path / "other")
+    for path in [other / "comparison.json", *other.glob("runs/*/*/result.json")]:
+        path.write_text(path.read_text().replace('"sum"', '"total"'))
+    for path in list(other.glob("runs/single-sum")):
+        path.rename(path.with_name("single-total"))
+    assert "has other tasks or metrics" in refused("report", original, other)
+
+
+def test_problems_are_listed_with_their_data_and_presets():
+    shown = run("problems")
+    assert shown.code == 0
+    for word in ("nyuv2", "liu2021cagrad", "official files", "digits", "made", "--download-help"):
+        assert word in shown.out
+
+
+def test_a_device_that_is_not_there_is_told(tmp_path):
+    message = refused("compare", TINY, "--device", "cuda:99", "--out", tmp_path / "out")
+    assert "--device cuda:99: this PyTorch cannot use it" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--engine", "slurm"), "--engine must be local or ray; got 'slurm'"),
+        (("--address", "auto"), "--address goes with --engine ray"),
+        (("--engine", "ray", "--launch", "torchrun", "--nproc-per-node", "2"), "do not go together"),
+        (("--set", "lr"), "--set wants name=value"),
+        (("--set", "protocol=best"), "protocol must be one of val-selected"),
+        (("--protocol", "best"), "protocol must be one of val-selected"),
+        (("--preset", "author2020"), "has no preset 'author2020'"),
+        (("--data", "somewhere"), "makes its own data"),
+    ],
+)
+def test_options_that_cannot_be_are_one_message(tmp_path, options, message):
+    assert message in refused("compare", TINY, *options, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -47,19 +47,13 @@ EMA = 0.9
 """Decay per epoch of the mean weights that `fixed weights extracted from a method` take over."""
 
 
+# kept for the worker's next job
+_problem = lru_cache(maxsize=2)(load_problem)
+
+
 @lru_cache(maxsize=2)
-def _loaded(source: str, directory: str | None, settings: tuple[tuple[str, Any], ...]) -> _Loaded:
-    """The problem and its data, kept for the worker's next job."""
-    problem = load_problem(source)
-    return problem, problem.make_data(dict(settings), None if directory is None else Path(directory))
-
-
-_Loaded = tuple[Problem, dict[str, Dataset[Any]]]
-
-
-def _load(job: Job) -> _Loaded:
-    wanted = load_problem(job.problem).data_settings(job.settings)
-    return _loaded(job.problem, job.data, tuple(sorted(wanted.items())))
+def _data(source: str, directory: str | None, settings: tuple[tuple[str, Any], ...]) -> dict[str, Dataset[Any]]:
+    return _problem(source).make_data(dict(settings), None if directory is None else Path(directory))
 
 
 class _Parts(Sampler[Sequence[int]]):
@@ -201,7 +195,9 @@ class _Training:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.problem, self.data = _load(job)
+        self.problem = _problem(job.problem)
+        wanted = self.problem.data_settings(job.settings)
+        self.data = _data(job.problem, job.data, tuple(sorted(wanted.items())))
         self.tasks = tuple(self.problem.tasks) if job.task is None else (job.task,)
         self.division = Division()
         self.samples = len(self.division.part(range(job.settings["batch_size"])))
