@@ -14,7 +14,7 @@ demo: .venv/compare
 	$(BIN)/detente compare digits --out runs/demo
 
 test: .venv/dev
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" --numprocesses auto --dist loadfile
 
 test-long: .venv/dev
 	$(BIN)/python -m pytest -m long tests

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import detente
-from benchmark.command import Outcome, alive, children, results, run, started, until
+from benchmark.command import PATIENCE, Outcome, alive, children, results, run, started, until
 from detente.benchmark import training
 from detente.benchmark.job import Event, Job
 from detente.benchmark.problem import load_problem
@@ -219,7 +219,7 @@ def test_interrupting_with_control_c_ends_quickly_without_tracebacks_and_can_be_
         until(lambda: list(out.glob("runs/*/*/checkpoint.pt")), "a checkpoint is there", process)
         workers = children(process.pid)
         os.killpg(process.pid, signal.SIGINT)  # what a terminal sends
-        text, _ = process.communicate(timeout=30)
+        text, _ = process.communicate(timeout=PATIENCE)
         until(lambda: not any(map(alive, workers)), "the workers end")
     assert process.returncode not in (0, 2)
     assert "Traceback" not in text
