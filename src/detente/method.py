@@ -186,12 +186,18 @@ class Range:
     whole: bool = False
     """Whole numbers only."""
 
+    def __str__(self) -> str:
+        return f"{self.low:g} to {self.high:g}{' (logarithmic)' if self.log else ''}"
+
 
 @dataclass(frozen=True)
 class Choice:
     """Values among which a hyper-parameter is tuned."""
 
     values: tuple[float | str | None, ...]
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(map(str, self.values))}"
 
 
 Ranges: TypeAlias = Mapping[str, Range | Choice]
@@ -947,6 +953,7 @@ def describe(cls: type[Method]) -> dict[str, str]:
         "backward passes": cls.backwards,
         "extra state": cls.memory,
         "heads": cls.heads,
+        "tuned": "; ".join(f"{option} {where}" for option, where in cls.ranges.items()) or "-",
         "properties": ", ".join(text for text, holds in properties if holds) or "-",
     }
 

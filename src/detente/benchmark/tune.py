@@ -83,7 +83,7 @@ def tune(plan: Plan, root: Path, run: Run) -> dict[str, Any]:
         "trials": plan.trials,
         "seed": SEED,
         "sampler": f"defaults, {AT_RANDOM} at random, then TPE (Optuna {studies.version})",
-        "ranges": {name: {key: _text(where) for key, where in ranges.items()} for name, ranges in space.items()},
+        "ranges": {name: {key: str(where) for key, where in ranges.items()} for name, ranges in space.items()},
         "runs": {name: _outcome(name, jobs[name], trials) for name, trials in tried.items()},
     }
     write_json(root / "tuning.json", content)
@@ -120,12 +120,6 @@ def _outcome(name: str, job: Job, trials: Sequence[Trial]) -> dict[str, Any]:
 def _score(job: Job, root: Path) -> float | None:
     score = json.loads((job.directory(root) / "result.json").read_text())["score"]
     return None if score is None or not math.isfinite(score) else float(score)
-
-
-def _text(where: Range | Choice) -> str:
-    if isinstance(where, Choice):
-        return f"one of {', '.join(map(str, where.values))}"
-    return f"{where.low:g} to {where.high:g}{' (logarithmic)' if where.log else ''}"
 
 
 class _Studies:
