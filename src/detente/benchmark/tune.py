@@ -122,6 +122,11 @@ def _score(job: Job, root: Path) -> float | None:
     return None if score is None or not math.isfinite(score) else float(score)
 
 
+def _rounded(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """To four digits, which read better and are as good."""
+    return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in parameters.items()}
+
+
 class _Studies:
     """One Optuna study per run name, in one SQLite file."""
 
@@ -142,11 +147,11 @@ class _Studies:
         """The parameters of trial k: those it was given before an interruption, else new ones."""
         for trial in self._study(name, 0).get_trials(deepcopy=False):
             if trial.user_attrs.get("number") == k:
-                return dict(trial.params)
+                return _rounded(trial.params)
         study = self._study(name, k)
         given = study.ask({key: self._distribution(where) for key, where in space.items()})
         given.set_user_attr("number", k)  # last: a trial that was cut off before this is asked for again
-        return dict(given.params)
+        return _rounded(given.params)
 
     def tell(self, name: str, k: int, score: float | None) -> None:
         state = self.optuna.trial.TrialState

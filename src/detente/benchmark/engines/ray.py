@@ -22,7 +22,7 @@ class Ray:
 
     Raises:
         ImportError: Ray is not installed.
-        ConnectionError: there is no cluster at the address.
+        ConnectionError: there is no cluster at the address, or none could be started.
     """
 
     def __init__(self, processes: int, address: str | None = None) -> None:
@@ -37,9 +37,22 @@ class Ray:
         self.options |= {"num_cpus": processes, "include_dashboard": False} if address is None else {"address": address}
 
     def __enter__(self) -> Ray:
-        self.ray.init(**self.options)
+        self._connect(tries=1 if "address" in self.options else 2)  # half a minute is its limit on a busy machine
         self.task = self.ray.remote(num_cpus=1, max_retries=0)(_work)
         return self
+
+    def _connect(self, tries: int) -> None:
+        try:
+            self.ray.init(**self.options)
+        except Exception as error:  # it raises Exception itself
+            self.ray.shutdown()
+            if tries > 1:
+                self._connect(tries - 1)
+                return
+            raise ConnectionError(
+                f"Ray cannot be reached or started ({(str(error).splitlines() or [''])[0]}). Check --address, or run "
+                "the same command with --engine local."
+            ) from error
 
     def __exit__(self, *_: Any) -> None:
         self.ray.shutdown()
