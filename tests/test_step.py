@@ -209,7 +209,9 @@ def test_methods_that_require_step_are_those_named():
 
 
 @pytest.mark.parametrize(
-    "options", [{"weighting": detente.DWA()}, {"source": "features"}, {"source": detente.Sampled(1)}], ids=str
+    "options",
+    [{"weighting": detente.DWA()}, {"source": "features"}, {"source": detente.Sampled(1)}],
+    ids=["weighting", "features", "sampled"],
 )
 def test_a_schedule_takes_neither_weighting_nor_source(options):
     net = Net()

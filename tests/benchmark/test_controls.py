@@ -142,3 +142,15 @@ def test_a_control_that_cannot_be_is_told_before_anything_is_written(tmp_path, o
     assert outcome.code == 2
     assert message in " ".join(outcome.text.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_the_verdict_says_what_a_wider_network_does_for_the_same_compute(tmp_path):
+    outcome = run(
+        "compare", "digits", "--methods", "mgda", "--seeds", "3", "--epochs", "1", "--wider", "--out", tmp_path / "out"
+    )
+    assert outcome.code == 0, outcome.text
+    comparison = load_comparison(tmp_path / "out")
+    (label,) = [row.label for row in comparison.rows if row.control == "wider"]
+    assert f"on a network that is wider for the same compute, {label}" in verdict(comparison)
+    sizes = {cost.label: cost.parameters for cost in comparison.costs}
+    assert sizes[label] > sizes["gd"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from detente.benchmark.statistics import Estimate, bootstrap_t, holm, paired
+from detente.benchmark.statistics import Estimate, bootstrap, holm, paired
 
 EXPERIMENTS = 2000  # the coverage found is within 1.0 points (two standard errors) of the true one
 
@@ -19,48 +19,42 @@ def coverage(draw, seeds: int, mean: float) -> float:
     return sum(low <= mean <= high for low, high in intervals) / EXPERIMENTS
 
 
-@pytest.mark.parametrize("seeds", [2, 3, 5, 8])
+@pytest.mark.parametrize("seeds", [2, 3, 4, 5, 8])
 def test_intervals_cover_the_true_mean_in_93_to_97_of_100_experiments(seeds):
     assert 0.93 <= coverage(lambda rng, size: rng.normal(3.0, 0.5, size), seeds, 3.0) <= 0.97
 
 
-@pytest.mark.parametrize("seeds", [5, 8])
-def test_with_skewed_figures_the_bootstrap_covers_better_than_student(seeds):
-    def draw(rng, size):
-        return rng.exponential(1.0, size)
-
-    ours = coverage(draw, seeds, 1.0)
-    samples = draw(np.random.default_rng(5), (EXPERIMENTS, seeds))
-    half = stats.t.ppf(0.975, seeds - 1) * stats.sem(samples, axis=1)
-    student = float((abs(samples.mean(axis=1) - 1.0) <= half).mean())
-    assert 0.91 <= ours <= 0.97
-    assert ours > student + 0.02
+def test_no_interval_is_absurdly_wide_because_some_seeds_happen_to_agree():
+    """As the studentised bootstrap's are: it gave .91 +- .17 for an accuracy that five seeds had within .02."""
+    values = (0.9100, 0.9101, 0.9102, 0.9101, 0.9300)
+    low, high = Estimate(dict(enumerate(values))).interval
+    assert high - low < 6 * stats.sem(values)
 
 
 def test_the_bootstrap_interval_follows_shifts_and_scales_exactly_as_a_mean_does():
     values = (0.3, 0.9, 0.4, 0.45, 0.7)
-    low, high = bootstrap_t(values)
-    moved = bootstrap_t([100 - 3 * value for value in values])
+    low, high = bootstrap(values)
+    moved = bootstrap([100 - 3 * value for value in values])
     assert moved == pytest.approx((100 - 3 * high, 100 - 3 * low), rel=1e-12)  # rounding
     assert low < np.mean(values) < high
     assert high - np.mean(values) > np.mean(values) - low  # the long tail is on the right
-    assert bootstrap_t(values) == (low, high)
+    assert bootstrap(values) == (low, high)
 
 
 def test_resamples_of_six_and_more_are_drawn_alike_every_time():
     values = list(np.random.default_rng(1).normal(size=9))
-    assert bootstrap_t(values) == bootstrap_t(values)
+    assert bootstrap(values) == bootstrap(values)
 
 
 def test_values_that_agree_have_an_interval_of_no_width():
-    assert bootstrap_t([0.5] * 5) == (0.5, 0.5)
+    assert bootstrap([0.5] * 5) == (0.5, 0.5)
     assert Estimate(dict.fromkeys(range(3), 0.25)).interval == (0.25, 0.25)
 
 
-def test_two_to_four_seeds_have_students_interval():
-    values = (0.91, 0.87, 0.94, 0.90)
+def test_two_and_three_seeds_have_students_interval():
+    values = (0.91, 0.87, 0.94)
     estimate = Estimate(dict(enumerate(values)))
-    expected = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
+    expected = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
     assert estimate.interval == pytest.approx(expected, rel=1e-12)  # summed in another order
     assert estimate.student() == estimate.interval
 

@@ -343,7 +343,7 @@ def verdict(comparison: Comparison) -> str:
     gone = f" {_listed(lost)} diverged and cannot be judged." if lost and found else ""
     if not found:
         return "No method shares two or more usable seeds with equal weights, so none can be judged."
-    fixed = _against_fixed(comparison)
+    beside = _against_fixed(comparison) + _against_wider(comparison)
     sure = [item for item in found if item.p_holm < 0.05]
     methods = f"{len(found)} method{'s' * (len(found) != 1)}"
     test = f"Paired t-tests, Holm-corrected for {methods}; the intervals are not corrected."
@@ -353,7 +353,7 @@ def verdict(comparison: Comparison) -> str:
         )
     if not sure:
         claim = _claim(found[:1], equals)
-        return f"No method is distinguishable from {equals} at {n} seeds. By its mean, {claim}.{fixed}{gone} {test}"
+        return f"No method is distinguishable from {equals} at {n} seeds. By its mean, {claim}.{beside}{gone} {test}"
     better = [item for item in sure if item.points.mean > 0]
     worse = [item for item in reversed(sure) if item.points.mean < 0]
     text = ". ".join(_claim(group, equals) for group in (better, worse) if group)
@@ -361,7 +361,7 @@ def verdict(comparison: Comparison) -> str:
     unsure = [item.label for item in found if item not in sure]
     names = _listed(unsure) if 0 < len(unsure) <= 6 else f"The other {len(unsure)} methods"
     rest = f" {names} cannot be told from {equals}." if unsure else ""
-    return f"{none}On {comparison.problem} over {n} seeds, {text}.{rest}{fixed}{gone} {test}"
+    return f"{none}On {comparison.problem} over {n} seeds, {text}.{rest}{beside}{gone} {test}"
 
 
 def _against_fixed(comparison: Comparison) -> str:
@@ -374,6 +374,24 @@ def _against_fixed(comparison: Comparison) -> str:
     if not beaten:
         return f" No method beats the best fixed weights here, {best.label}."
     return f" Better than the best fixed weights, {best.label}, too: {_listed(beaten)}."
+
+
+def _against_wider(comparison: Comparison) -> str:
+    """The sentence on equal weights on a wider network; empty without one."""
+    row = next((row for row in comparison.rows if row.control == "wider"), None)
+    found = [] if row is None else differences(comparison, row.label)
+    if row is None or not found:
+        return ""
+    sure = [item for item in found if item.p_holm < 0.05]
+    worse = [item.label for item in sure if item.points.mean < 0]
+    better = [item.label for item in sure if item.points.mean > 0]
+    network = f"equal weights on a network that is wider for the same compute, {row.label},"
+    if better:
+        return f" Better than {network} too: {_listed(better)}."
+    if not worse:
+        return f" No method can be told from {network[:-1]}."
+    many = "every method" if len(worse) == len(found) else f"{len(worse)} of {len(found)} methods"
+    return f" For comparison: {network} beat {many}."
 
 
 def _claim(items: Sequence[Difference], equals: str) -> str:
