@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +18,19 @@ __all__ = ["describe", "read_checkpoint", "write_checkpoint", "write_json"]
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON; numbers that it does not have become null."""
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(_plain(content), indent=1) + "\n")
+    with _whole(path) as scratch:
+        scratch.write_text(json.dumps(_plain(content), indent=1) + "\n")
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A file to write that then takes the place of ``path``.
+
+    Its name is its own: a worker that outlives its driver for a moment (Ray's do) may write the same file as the one
+    that has taken over.
+    """
+    scratch = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    yield scratch
     os.replace(scratch, path)
 
 
@@ -32,9 +44,8 @@ def _plain(content: Any) -> Any:
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write what :func:`read_checkpoint` reads."""
-    scratch = path.with_suffix(".tmp")
-    torch.save(content, scratch)
-    os.replace(scratch, path)
+    with _whole(path) as scratch:
+        torch.save(content, scratch)
 
 
 @contextmanager

@@ -532,7 +532,7 @@ def train(job: Job, root: Path, progress: Progress) -> None:
         return
     training.peak_mb = max(training.peak_mb, memory.peak_mb)
     write_json(directory / "result.json", training.result())
-    for leftover in (checkpoint, directory / "error.txt"):
+    for leftover in (checkpoint, directory / "error.txt", *directory.glob("*.tmp")):
         leftover.unlink(missing_ok=True)
 
 
