@@ -203,15 +203,16 @@ def compare(
     do so on another number of processes.
     """
     options = {"epochs": epochs, "steps": steps, "batch_size": batch_size, "lr": lr, "protocol": protocol}
+    written = _read_yaml(config) if config else {}
     asked, loaded = _asked(
         {
             "problem": problem, "methods": methods, "seeds": seeds, "jobs": jobs, "out": out, "data": data,
             "preset": preset, "tune": tune_, "tuned": tuned, "sweep": sweep, "extract": extract, "wider": wider,
         },
-        config,
+        written,
         download_help,
     )  # fmt: skip
-    plan = replace(_plan(loaded, asked, _given(config, options, set_)), device=check_device(device))
+    plan = replace(_plan(loaded, asked, _given(written, options, set_)), device=check_device(device))
     run = _engine(loaded, plan.settings, asked["jobs"], engine, address, launch, nproc_per_node)
     root = Path(asked["out"] or f"runs/{loaded.name}")
     started = time.monotonic()
@@ -255,9 +256,10 @@ def tune_command(
     `detente compare PROBLEM --tune N` does both. Interrupted? The same command continues.
     """
     given: dict[str, Any] = {"problem": problem, "methods": methods, "jobs": jobs, "out": out, "data": data}
-    asked, loaded = _asked({**given, "preset": preset, "tune": trials}, config, download_help)
+    written = _read_yaml(config) if config else {}
+    asked, loaded = _asked({**given, "preset": preset, "tune": trials}, written, download_help)
     options = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
-    plan = replace(_plan(loaded, asked, _given(config, options, set_)), device=check_device(device))
+    plan = replace(_plan(loaded, asked, _given(written, options, set_)), device=check_device(device))
     run = _engine(loaded, plan.settings, asked["jobs"], engine, address, launch, nproc_per_node)
     root = Path(asked["out"] or f"runs/{loaded.name}")
     with _interruptible(), _locked(root), run:
@@ -266,9 +268,10 @@ def tune_command(
     console.print(f"Chosen: {root / 'tuning.json'}", soft_wrap=True, markup=False)
 
 
-def _asked(options: Mapping[str, Any], config: Path | None, download_help: bool) -> tuple[dict[str, Any], Problem]:
+def _asked(
+    options: Mapping[str, Any], written: Mapping[str, Any], download_help: bool
+) -> tuple[dict[str, Any], Problem]:
     """What the command line asks for, over what the YAML file says; and the problem."""
-    written = _read_yaml(config) if config else {}
     asked = {key: written.get(key) if options.get(key) is None else options[key] for key in ASKED}
     if asked["problem"] is None:
         raise ValueError("which problem? Give a name or the path of a problem file; `detente problems` lists them.")
@@ -279,9 +282,9 @@ def _asked(options: Mapping[str, Any], config: Path | None, download_help: bool)
     return asked, problem
 
 
-def _given(config: Path | None, options: Mapping[str, Any], assignments: Sequence[str] | None) -> dict[str, Any]:
+def _given(written: Mapping[str, Any], options: Mapping[str, Any], assignments: Sequence[str] | None) -> dict[str, Any]:
     """Settings: those of the YAML file, over them the options, over them ``--set``."""
-    given = dict(_read_yaml(config).get("settings", {})) if config else {}
+    given = dict(written.get("settings", {}))
     given |= {key: value for key, value in options.items() if value is not None}
     for assignment in assignments or ():
         key, sign, value = assignment.partition("=")
@@ -432,8 +435,6 @@ def _compare(plan: Plan, root: Path, run: Engine, tuned: str | None) -> dict[str
 
 
 def _tuned(plan: Plan, root: Path, run: Engine) -> dict[str, Any]:
-    if plan.problem.whole:
-        raise ValueError(f"problem {plan.problem.name!r} has no validation split, so there is nothing to tune by.")
     total = plan.trials * len(list(plan.subjects()))
     with _live(f"{plan.problem.name}: tuning", total) as monitor:
         return tune(plan, root, lambda todo: run(list(todo), root, monitor))

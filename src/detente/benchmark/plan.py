@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,27 +52,26 @@ class Plan:
 
     def subjects(self) -> Iterator[Job]:
         """One job for each run name, seed 0: the single-task baselines, then the methods."""
-        yield from self._of(0, baselines=True)
+        yield from self._of(0)
 
     def jobs(self) -> list[list[Job]]:
         """All jobs in waves, each of which needs the results of those before; within one seed by seed."""
-        first = [job for seed in self.seeds for job in self._of(seed, baselines=True)]
+        first = [job for seed in self.seeds for job in self._of(seed)]
         first += [self._control(c, seed) for seed in self.seeds for c in self.controls if c.weights_of is None]
         second = [self._control(c, seed) for seed in self.seeds for c in self.controls if c.weights_of is not None]
         return [wave for wave in (first, second) if wave]
 
-    def _of(self, seed: int, baselines: bool) -> Iterator[Job]:
-        for task in self.problem.tasks if baselines else ():
+    def _of(self, seed: int) -> Iterator[Job]:
+        for task in self.problem.tasks:
             yield self._job(SINGLE, "gd", task, seed)
         for spec in self.specs:
             yield self._job(spec.label, spec.label, None, seed)
 
     def _job(self, label: str, method: str, task: str | None, seed: int) -> Job:
-        name = label if task is None else f"single-{task}"
-        chosen = self.chosen.get(name, Chosen(method, {}))
-        settings = {**self.settings, **chosen.settings}
         source = self.problem.source
-        return Job(source, label, chosen.method, task, seed, settings, self._data, device=self.device)
+        job = Job(source, label, method, task, seed, self.settings, self._data, device=self.device)
+        chosen = self.chosen.get(job.name, Chosen(method, {}))
+        return replace(job, method=chosen.method, settings={**self.settings, **chosen.settings})
 
     def _control(self, control: Control, seed: int) -> Job:
         """Controls are plain gradient descent, so they take what was tuned for equal weights."""

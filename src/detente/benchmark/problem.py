@@ -212,6 +212,11 @@ class Problem:
             )
         return losses
 
+    @property
+    def counts_declared(self) -> bool:
+        """Whether batches may lack samples of some tasks."""
+        return hasattr(self.module, "counts")
+
     def counts(self, batch: Any, tasks: tuple[str, ...], samples: int) -> dict[str, float]:
         """Samples behind the loss of each task; ``samples``, where the problem does not say."""
         declared = getattr(self.module, "counts", None)

@@ -303,6 +303,8 @@ class _Training:
 
     def _labelled(self, batch: Any) -> bool:
         """Whether a batch has samples of any of the tasks, on any process; a single task may have none."""
+        if not self.problem.counts_declared:
+            return True
         return self.division.any(any(self.problem.counts(batch, self.tasks, self.samples).values()))
 
     def _closure(self, batch: Any, log: _Log, probing: bool) -> Callable[..., dict[str, Tensor]]:
