@@ -155,6 +155,17 @@ def test_bfloat16_is_for_all_and_close_to_float32(tmp_path):
         assert rough["history"][0]["loss"][task] == pytest.approx(loss, rel=0.05)  # 8 bits of mantissa, 3 steps
 
 
+def test_float64_holds_for_the_model_and_its_batches(tmp_path):
+    exact, rough = (trained(tmp_path / p, method="auto_lambda", precision=p, epochs=2) for p in ("float64", "float32"))
+    for found, close in zip(exact["history"], rough["history"], strict=True):
+        for task, loss in found["loss"].items():
+            assert torch.tensor(loss, dtype=torch.float32).double() != loss
+            assert loss == pytest.approx(close["loss"][task], rel=0.05)  # dropout draws other numbers in float64
+        for task, figures in found["val"].items():
+            assert figures["mse"] == pytest.approx(close["val"][task]["mse"], rel=0.05)
+    assert exact["history"][1]["loss"] != rough["history"][1]["loss"]
+
+
 def test_the_schedule_is_stepped_every_epoch_and_resumed(tmp_path):
     more = """
 

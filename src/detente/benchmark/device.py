@@ -27,28 +27,30 @@ def check_device(name: str) -> str:
     return name
 
 
-def moved(value: Any, device: torch.device) -> Any:
-    """Tensors, and tuples, lists and dicts of them, on the device; everything else as it is."""
+def moved(value: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """Tensors, and tuples, lists and dicts of them, on the device; floating-point ones in ``dtype``, if given."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return value.to(device, dtype if value.is_floating_point() else None)
     if isinstance(value, dict):
-        return {key: moved(part, device) for key, part in value.items()}
+        return {key: moved(part, device, dtype) for key, part in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(moved(part, device) for part in value))
+        return type(value)(*(moved(part, device, dtype) for part in value))
     if isinstance(value, list | tuple):
-        return type(value)(moved(part, device) for part in value)
+        return type(value)(moved(part, device, dtype) for part in value)
     return value
 
 
 class Elsewhere(nn.Module):
-    """A model on a device, for callers that bring their inputs and take its outputs on the CPU, as ``metrics`` does."""
+    """A model on a device or in float64, for callers that know nothing of it, as ``metrics``: their inputs are moved
+    there, its outputs come back to the CPU.
+    """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.model, self.device = model, device
+        self.model, self.device, self.dtype = model, device, dtype
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        outputs = self.model(*moved(inputs, self.device), **moved(named, self.device))
+        outputs = self.model(*moved(inputs, self.device, self.dtype), **moved(named, self.device, self.dtype))
         return moved(outputs, torch.device("cpu"))
 
 

@@ -34,8 +34,9 @@ with more channels. Optional names::
     def report(results, directory):        # draw figures into directory/figures, which the report shows
 
 Settings that every problem has: epochs, batch_size, lr, weight_decay, clip_norm (of the whole gradient, 0 for none),
-precision (float32, or bfloat16 for autocast), patience (epochs without a better validation score after which training
-ends, 0 for never), protocol (see `detente.benchmark.protocol`), probe_every (steps between two looks at the gradients).
+precision (float32; bfloat16 for autocast; float64 for the model and its batches), patience (epochs without a better
+validation score after which training ends, 0 for never), protocol (see `detente.benchmark.protocol`), probe_every
+(steps between two looks at the gradients).
 
 Draw random numbers from the global generators of torch, numpy or random: they are seeded for every run, and saved.
 With --launch every process computes the losses of its part of a batch. They are put together as means over samples, so
@@ -84,7 +85,7 @@ DEFAULTS: dict[str, Any] = {
     "protocol": "val-selected",
     "probe_every": 10,
 }
-ONE_OF = {"precision": ("float32", "bfloat16"), "protocol": tuple(PROTOCOLS)}
+ONE_OF = {"precision": ("float32", "bfloat16", "float64"), "protocol": tuple(PROTOCOLS)}
 POSITIVE = {"seeds", "jobs", "epochs", "steps", "batch_size", "lr", "probe_every", "width"}
 """Settings that must be above zero; other numbers may also be zero."""
 

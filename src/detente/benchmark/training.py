@@ -148,10 +148,11 @@ def _evaluate(
     tasks: tuple[str, ...],
     per_task: bool,
     device: torch.device,
+    dtype: torch.dtype | None,
 ) -> dict[str, dict[str, float]]:
     was_training = model.training
     model.eval()
-    used = model if device.type == "cpu" else Elsewhere(model, device).eval()
+    used = model if device.type == "cpu" and dtype is None else Elsewhere(model, device, dtype).eval()
     try:
         with torch.no_grad():
             if not per_task:
@@ -206,10 +207,11 @@ class _Training:
         self.model = self.problem.make_model(self.tasks, job.settings)
         self.spec = Spec.parse(job.method)
         self.device = torch.device(job.device)
+        self.dtype = torch.float64 if job.settings["precision"] == "float64" else None
         self.per_task = "model" in method_class(self.spec.method).needs
         if self.per_task:
             convert_task_norm(self.model, self.tasks)
-        self.model.to(self.device)
+        self.model.to(self.device, self.dtype)
         self.division.join(self.model)
         self.method: Method = self.spec.build(self.model, job.settings["epochs"], job.seed)
         self.optimizer = self.problem.make_optimizer(self.model, job.settings)
@@ -290,7 +292,7 @@ class _Training:
 
     def _precision(self) -> AbstractContextManager[Any]:
         """Autocast where it was asked for. bfloat16 has the range of float32, so no method needs a loss scale."""
-        if self.job.settings["precision"] == "float32":
+        if self.job.settings["precision"] != "bfloat16":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
@@ -325,8 +327,11 @@ class _Training:
         return closure
 
     def _second_losses(self, tasks: tuple[str, ...] | None = None) -> dict[str, Tensor]:
-        batch = moved(next(self._second_pass), self.device)
+        batch = self._moved(next(self._second_pass))
         return self._losses(self.model, batch, self.tasks if tasks is None else tasks)
+
+    def _moved(self, batch: Any) -> Any:
+        return moved(batch, self.device, self.dtype)
 
     def _batches(self, generator: torch.Generator) -> DataLoader[Any]:
         size = self.job.settings["batch_size"]
@@ -335,7 +340,7 @@ class _Training:
     def warm_up(self) -> None:
         """One backward pass on a copy, so that one-time allocations of the libraries do not count as the job's."""
         before = _random_state(self.device)
-        batch = moved(next(iter(self._batches(torch.Generator()))), self.device)
+        batch = self._moved(next(iter(self._batches(torch.Generator()))))
         model = copy.deepcopy(self.model)
         for task in self.tasks:
             with active_task(task):
@@ -357,7 +362,7 @@ class _Training:
         for k, batch in enumerate(loader):
             if not self._labelled(batch):
                 continue
-            batch = moved(batch, self.device)
+            batch = self._moved(batch)
             probing = k % settings["probe_every"] == 0
             log.step()
             start = clock(self.device)
@@ -404,7 +409,9 @@ class _Training:
 
     def _figures(self, split: str) -> dict[str, dict[str, float]]:
         return self.division.agreed(
-            lambda: _evaluate(self.problem, self.model, self.data[split], self.tasks, self.per_task, self.device)
+            lambda: _evaluate(
+                self.problem, self.model, self.data[split], self.tasks, self.per_task, self.device, self.dtype
+            )
         )
 
     def _observe_metrics(self) -> None:

@@ -53,7 +53,8 @@ class Kind(ABC):
     def loss(self, found: Tensor, target: Tensor) -> Tensor:
         """Mean loss of the valid pixels."""
         valid = self.valid(target)
-        error = torch.where(valid, self.error(found.float(), target, valid), 0.0)
+        full = found.to(torch.promote_types(found.dtype, torch.float32))
+        error = torch.where(valid, self.error(full, target, valid), 0.0)
         return self.weight * error.sum() / valid.sum().clamp_min(1)
 
     def mirrored(self, target: Tensor) -> Tensor:

@@ -213,7 +213,8 @@ def losses(model: nn.Module, batch: Sequence[Tensor], tasks: tuple[str, ...]) ->
 def focal(logits: Tensor, heat: Tensor) -> Tensor:
     """Focal loss [B] of heat maps [B, K, X, Y], over the number of centres (Zhou et al. 2019, eq. 1; at least 1)."""
     centre = heat == 1
-    log_right, log_wrong = F.logsigmoid(logits.float()), F.logsigmoid(-logits.float())
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_right, log_wrong = F.logsigmoid(logits), F.logsigmoid(-logits)
     at_centres = torch.where(centre, log_wrong.exp() ** 2 * log_right, 0)
     elsewhere = torch.where(centre, 0, (1 - heat) ** 4 * log_right.exp() ** 2 * log_wrong)
     return -(at_centres + elsewhere).sum((1, 2, 3)) / centre.sum((1, 2, 3)).clamp_min(1)
