@@ -372,7 +372,7 @@ def _divided(
         raise ValueError("--launch torchrun: on how many processes? Add --nproc-per-node 2, or more.")
     if jobs not in (None, 1):
         raise ValueError(f"with --launch one run follows the other: leave out jobs, which is {jobs}.")
-    if problem.whole:
+    if not problem.supervised:
         raise ValueError(f"problem {problem.name!r} has no batches that could be divided; leave out --launch.")
     if processes > settings["batch_size"]:
         raise ValueError(

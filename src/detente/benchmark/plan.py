@@ -101,6 +101,7 @@ def prepare(root: Path, plan: Plan, command: str, tuning: Mapping[str, Any] | No
         "source": problem.source,
         "digest": problem.digest,
         "tasks": problem.tasks,
+        "selection": problem.selection,
         "settings": plan.settings,
         "methods": [*([] if problem.whole else [SINGLE]), *(spec.label for spec in plan.specs)],
         "controls": {control.label: control.kind for control in plan.controls},

@@ -31,7 +31,11 @@ with more channels. Optional names::
     def summary(results):                  # rich tables to print below the others; results: the runs' result.json
     def verdict(results):                  # the sentence that sums up; default: each method against equal weights
     def check(specs):                      # raise where a method does not apply
+    selection = "mean"                     # of the figures the best epoch is chosen by; default "log", of logarithms
     def report(results, directory):        # draw figures into directory/figures, which the report shows
+
+A problem that is not trained on a data set defines ``training``, a `detente.benchmark.training.Training`, instead of
+make_data, make_model, losses and metrics.
 
 Settings that every problem has: epochs, batch_size, lr, weight_decay, clip_norm (of the whole gradient, 0 for none),
 precision (float32; bfloat16 for autocast; float64 for the model and its batches), patience (epochs without a better
@@ -61,19 +65,24 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import detente.benchmark.problems as builtin
-from detente.benchmark.protocol import PROTOCOLS
-from detente.method import Choice, Range
+from detente.benchmark.protocol import PROTOCOLS, SELECTIONS, score
+from detente.method import Choice, Range, one_of
+
+if TYPE_CHECKING:
+    from detente.benchmark.job import Job
+    from detente.benchmark.training import Training
 
 __all__ = ["Problem", "list_problems", "load_problem"]
 
 REQUIRED = ("tasks", "settings", "make_data", "make_model", "losses", "metrics")
+ALONE = ("compare", "training")  # names with which a problem needs none of the functions among them
 DEFAULTS: dict[str, Any] = {
     "epochs": 20,
     "batch_size": 64,
@@ -131,6 +140,31 @@ class Problem:
     def presets(self) -> Mapping[str, Mapping[str, Any]]:
         """Settings of papers, by name."""
         return getattr(self.module, "presets", {})
+
+    @property
+    def supervised(self) -> bool:
+        """Whether it is trained on batches of a data set."""
+        return not any(hasattr(self.module, name) for name in ALONE)
+
+    @property
+    def training(self) -> Callable[[Job], Training]:
+        """What trains a job."""
+        if hasattr(self.module, "training"):
+            own: Callable[[Job], Training] = self.module.training
+            return own
+        from detente.benchmark.supervised import Supervised  # which itself loads problems
+
+        return Supervised
+
+    @property
+    def selection(self) -> str:
+        """How the score is taken, see `detente.benchmark.protocol`."""
+        chosen: str = one_of("selection", getattr(self.module, "selection", "log"), SELECTIONS)
+        return chosen
+
+    def score(self, figures: Mapping[str, Mapping[str, float]]) -> float:
+        """What the best epoch is chosen by; more is better."""
+        return score(self.tasks, figures, self.selection)
 
     def settle(self, given: Mapping[str, Any], preset: str | None = None) -> dict[str, Any]:
         """All settings: the defaults, over them those of a preset, over them those given; checked.
@@ -351,7 +385,7 @@ def load_problem(source: str) -> Problem:
         module = importlib.import_module(f"{builtin.__name__}.{name}")
         files = parts(Path(str(module.__file__)))
     missing = [n for n in REQUIRED if not hasattr(module, n)]
-    if missing and not hasattr(module, "compare"):
+    if missing and not any(hasattr(module, name) for name in ALONE):
         raise ValueError(
             f"problem file {source!r} does not define {', '.join(missing)}. A problem needs {', '.join(REQUIRED)}; "
             "see examples/own_problem.py or help('detente.benchmark.problem')."

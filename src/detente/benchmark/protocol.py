@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["LAST", "PROTOCOLS", "looks_at_test", "mean_figures", "score"]
+__all__ = ["LAST", "PROTOCOLS", "SELECTIONS", "best_epoch", "looks_at_test", "mean_figures", "score"]
 
 PROTOCOLS = {
     "val-selected": "test figures of the epoch that was best on the validation split",
@@ -29,13 +29,18 @@ def looks_at_test(protocol: str, epoch: int, epochs: int) -> bool:
     return protocol == "max-over-training" or (protocol == "last-10-test" and epoch > epochs - LAST)
 
 
-def score(directions: Mapping[str, Mapping[str, str]], figures: Figures) -> float:
-    """What the best epoch is chosen by: the mean logarithm of the figures, errors negated.
+SELECTIONS = ("log", "mean")
 
-    The change of this score is, to first order, delta-m, without needing a baseline.
+
+def score(directions: Mapping[str, Mapping[str, str]], figures: Figures, selection: str = "log") -> float:
+    """What the best epoch is chosen by: the mean ``log`` of the figures, errors negated, or the ``mean`` itself.
+
+    The change of the former is, to first order, delta-m, without needing a baseline; a figure of 0 outweighs all
+    others. The latter is for figures of one kind that may be 0, such as success rates.
     """
     terms = [
-        (1 if directions[task][metric] == "max" else -1) * math.log(max(value, 1e-12))
+        (1 if directions[task][metric] == "max" else -1)
+        * (math.log(max(value, 1e-12)) if selection == "log" else value)
         for task, values in figures.items()
         for metric, value in values.items()
     ]
@@ -51,8 +56,11 @@ def mean_figures(rows: Sequence[Figures]) -> dict[str, dict[str, float]]:
     }
 
 
-def best_epoch(directions: Mapping[str, Mapping[str, str]], seeds: Sequence[Sequence[Mapping[str, Any]]]) -> int:
+def best_epoch(
+    directions: Mapping[str, Mapping[str, str]], seeds: Sequence[Sequence[Mapping[str, Any]]], selection: str = "log"
+) -> int:
     """The epoch (from 1) whose test figures, averaged over seeds, score best; ``seeds``: the history of each."""
     length = min(len(history) for history in seeds)
-    scores = [score(directions, mean_figures([history[k]["test"] for history in seeds])) for k in range(length)]
+    means = [mean_figures([history[k]["test"] for history in seeds]) for k in range(length)]
+    scores = [score(directions, figures, selection) for figures in means]
     return 1 + max(range(length), key=lambda k: (scores[k], -k))

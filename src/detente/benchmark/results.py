@@ -186,7 +186,7 @@ def compare(jobs: Iterable[Job], config: Mapping[str, Any], directory: Path) -> 
     listed = [*(label for label in config["methods"] if label != SINGLE), *controls]
     jobs = tuple(sorted(jobs, key=lambda job: (job.label, job.task or "", job.seed)))
     if config.get("settings", {}).get("protocol") == "max-over-training":
-        jobs = _maxima(jobs, tasks)
+        jobs = _maxima(jobs, tasks, config.get("selection", "log"))
     single = [job for job in jobs if job.label == SINGLE]
     by_label: dict[str, list[Job]] = {}
     for job in jobs:
@@ -269,7 +269,7 @@ def _validated(group: Sequence[Job]) -> float:
     return sum(scores) / len(scores)
 
 
-def _maxima(jobs: Sequence[Job], tasks: Directions) -> tuple[Job, ...]:
+def _maxima(jobs: Sequence[Job], tasks: Directions, selection: str) -> tuple[Job, ...]:
     """Jobs with the test figures of the epoch that is best in the mean over seeds, for each label and baseline."""
     groups: dict[tuple[str, str | None], list[Job]] = {}
     for job in jobs:
@@ -277,7 +277,7 @@ def _maxima(jobs: Sequence[Job], tasks: Directions) -> tuple[Job, ...]:
     found = []
     for group in groups.values():
         usable = [job for job in group if not job.diverged]
-        epoch = best_epoch(tasks, [job.history for job in usable]) if usable else 0
+        epoch = best_epoch(tasks, [job.history for job in usable], selection) if usable else 0
         for job in group:
             if not job.diverged:
                 figures = job.history[epoch - 1]["test"]
