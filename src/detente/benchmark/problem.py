@@ -196,7 +196,7 @@ class Problem:
         space: dict[str, Range | Choice] = {"lr": Range(settings["lr"] / 10, settings["lr"] * 10, log=True)}
         if not hasattr(self.module, "make_optimizer"):
             space["weight_decay"] = Range(1e-6, 1e-2, log=True)
-        if "dropout" in inspect.signature(self.module.make_model).parameters:
+        if self.supervised and "dropout" in inspect.signature(self.module.make_model).parameters:
             space["dropout"] = Range(0.0, 0.5)
         return space | getattr(self.module, "ranges", {})
 
@@ -327,7 +327,7 @@ def _first_line(module: ModuleType) -> str:
     return (module.__doc__ or "").strip().partition("\n")[0]
 
 
-PARTS = ("datasets", "dense", "metrics", "models", "problems")
+PARTS = ("datasets", "dense", "metrics", "models", "problems", "rl")
 """What built-in problems are made of, in ``detente.benchmark``."""
 
 
@@ -376,6 +376,7 @@ def load_problem(source: str) -> Problem:
         source, files = str(path), {path}
     else:
         known = list_problems()
+        source = source.replace("-", "_")
         if source not in known:
             raise ValueError(
                 f"unknown problem {source!r}. Built in: {', '.join(known)}. Or give the path of a Python file, as in "

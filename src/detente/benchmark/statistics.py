@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-__all__ = ["CONFIDENCE", "Estimate", "bootstrap", "holm", "paired"]
+__all__ = ["CONFIDENCE", "Estimate", "bootstrap", "holm", "interquartile_mean", "paired", "stratified_bootstrap"]
 
 CONFIDENCE = 0.95
 FEWEST = 4
@@ -88,6 +88,25 @@ def _resamples(n: int) -> NDArray[np.int64]:
     if n <= 5:
         return np.array(list(product(range(n), repeat=n)), dtype=np.int64)
     return np.random.default_rng(0).integers(0, n, (RESAMPLES, n))
+
+
+def interquartile_mean(scores: NDArray[np.float64]) -> float:
+    """Mean of the middle half of all scores, here of runs and tasks together (Agarwal et al. 2021)."""
+    return float(stats.trim_mean(scores, 0.25, axis=None))
+
+
+def stratified_bootstrap(scores: NDArray[np.float64]) -> tuple[float, float]:
+    """95% percentile interval of the interquartile mean of scores [S, T] of S runs on T tasks.
+
+    The runs of each task are resampled on their own, so that every resample has S scores of every task (Agarwal et al.
+    2021); 10 000 resamples drawn with seed 0. With few runs the interval is too short, as every percentile bootstrap.
+    """
+    runs, count = scores.shape
+    drawn = np.random.default_rng(0).integers(0, runs, (RESAMPLES, runs, count))
+    resampled = np.take_along_axis(scores[None], drawn, axis=1).reshape(RESAMPLES, -1)
+    means = stats.trim_mean(resampled, 0.25, axis=1)
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
 
 
 def paired(differences: Estimate) -> float:

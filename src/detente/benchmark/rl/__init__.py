@@ -1,0 +1,1 @@
+"""Reinforcement learning: environments, demonstrations, and agents that are trained on several tasks."""
