@@ -253,15 +253,9 @@ class Step:
 
     def _in_chunks(self, chunks: Chunks, partition: Partition) -> _Taken:
         """The task gradients of the shared parameters from one pass, where each task has samples of its own."""
-        count = len(self.tasks)
-        jacobian = Jacobian(self.found.shared, count, storage=self.storage)
+        jacobian = Jacobian(self.found.shared, len(self.tasks), storage=self.storage)
         heads, passes = chunks.pull(self.tensors, jacobian)
-        how = {
-            "engine": "disjoint",
-            "why": "source",
-            "backwards": passes + count * len(self.others),
-            "products": 0,
-        }
+        how = {"engine": "disjoint", "why": "source", "backwards": passes, "products": 0}
         return _Taken(jacobian, heads, _values(self.tensors), partition, how)
 
     def _summed(self, method: GramianMethod, rows: list[Row], among: Processes) -> _Taken:
