@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
+import resource
 import time
 from collections.abc import Callable
 
@@ -25,6 +27,7 @@ from detente.engine.source import trunk_rows
 INPUTS, OUTPUTS = 39, 8
 NETWORKS = {"2 x 128": (128, 128), "3 x 400": (400, 400, 400)}
 SAMPLES = (64, 128)
+KEPT = "MALLOC_TRIM_THRESHOLD_" in os.environ
 CALLS = 3  # of a variant in its turn
 
 
@@ -100,23 +103,24 @@ class Case:
         }
 
 
-def measure(case: Case, seconds: float, clock: Callable[[], float]) -> dict[str, tuple[list[float], list[float]]]:
-    """By variant, ms with and without the forward pass.
+def measure(case: Case, seconds: float, clock: Callable[[], float]) -> dict[str, tuple[list[float], ...]]:
+    """By variant, ms with and without the forward pass, and page faults.
 
     The variants take turns in random order, three calls each after one that brings everything into the caches, as in
     training; one that has used up its part of the time is left out.
     """
     variants = case.variants()
-    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in variants}
+    found: dict[str, tuple[list[float], ...]] = {name: ([], [], []) for name in variants}
     order = np.random.default_rng(0)
     while True:
-        waiting = [name for name, (whole, _) in found.items() if sum(whole) < 1e3 * seconds / len(found)]
+        waiting = [name for name, (whole, *_) in found.items() if sum(whole) < 1e3 * seconds / len(found)]
         if not waiting:
             return found
         for name in order.permutation(waiting):
             forward, backward = variants[name]
             for call in range(1 + CALLS):
                 case.net.zero_grad(set_to_none=True)
+                faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
                 start = clock()
                 losses = forward()
                 middle = clock()
@@ -126,6 +130,7 @@ def measure(case: Case, seconds: float, clock: Callable[[], float]) -> dict[str,
                 if call:
                     found[name][0].append(1e3 * (stop - start))
                     found[name][1].append(1e3 * (stop - middle))
+                    found[name][2].append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
 
 
 def main() -> None:
@@ -140,9 +145,10 @@ def main() -> None:
     lines = [
         header("Tasks with samples of their own"),
         f"{INPUTS} inputs and the task's number, ReLU, {OUTPUTS} outputs, float32. Median (quartiles; calls) in ms of "
-        f"{chosen.clock} time; "
-        "ratios of medians to (a). *Difference*: of the gradients of (d) from those of (b), over the largest entry of "
-        "a parameter's gradient.",
+        f"{chosen.clock} time, with and without the forward pass; ratios of medians to (a); page faults of a call. "
+        "*Difference*: of the gradients of (d) from those of (b), over the largest entry of a parameter's gradient.",
+        "",
+        "Freed memory is kept: MALLOC_TRIM_THRESHOLD_ is set." if KEPT else "The allocator is as by default.",
         "",
     ]
     for name, widths in NETWORKS.items():
@@ -151,15 +157,15 @@ def main() -> None:
                 case = Case(widths, tasks, samples)
                 difference = case.agreement()
                 found = measure(case, chosen.seconds, clock)
-                base = [float(np.median(times)) for times in found["(a) summed loss"]]
+                base = [float(np.median(times)) for times in found["(a) summed loss"][:2]]
                 rows = []
-                for variant, (whole, rest) in found.items():
+                for variant, (whole, rest, faults) in found.items():
                     ratios = [f"{np.median(t) / b:.2f}" for t, b in zip((whole, rest), base, strict=True)]
-                    rows.append([variant, shown(whole), ratios[0], shown(rest), ratios[1]])
+                    rows.append([variant, shown(whole), ratios[0], shown(rest), ratios[1], f"{np.mean(faults):.0f}"])
                 lines += [
                     f"## {name}, {tasks} tasks of {samples} samples, difference {difference:.1e}",
                     "",
-                    table(["", "with the forward pass", "ratio", "without", "ratio"], rows),
+                    table(["", "with the forward pass", "ratio", "without", "ratio", "faults"], rows),
                 ]
     share = (time.process_time() - began[1]) / (time.perf_counter() - began[0])
     lines.append(f"The process had its core in {share:.0%} of the time.")

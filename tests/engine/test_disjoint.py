@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -331,6 +332,15 @@ def test_a_step_that_is_not_finite_is_as_ever_and_shows_nothing():
         assert update.stats["backwards"] == passes
 
 
+@pytest.mark.parametrize("size", [1e-38, 1e-30, 1e30])
+def test_gradients_at_the_ends_of_float32_are_no_reason_for_an_error(size):
+    samples = [2] * 40
+    net, x = build("layers", samples, torch.float32)
+    losses = [loss * size for loss in net.losses(x, samples)]
+    update = detente.backward(losses, detente.CAGrad(), source=detente.Disjoint(samples), scale=2.0)
+    assert update.stats["engine"] == "disjoint"
+
+
 @pytest.mark.parametrize("samples", [[], [0, 2], [2.5, 1], ["2"], {"a": -1}, torch.ones(2)])
 def test_rows_that_are_no_numbers_are_an_error(samples):
     with pytest.raises(ValueError, match="needs a whole number >= 1"):
@@ -355,6 +365,32 @@ def test_an_engine_does_not_apply():
     net, x = build("layers", [3, 3])
     with pytest.raises(ValueError, match="leave `engine` out"):
         grads(net, x, [3, 3], detente.CAGrad(), source=detente.Disjoint([3, 3]), engine="batched")
+
+
+def test_several_processes_are_refused(tmp_path):
+    net, x = build("layers", [3, 3])
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="for one process"):
+            grads(net, x, [3, 3], detente.CAGrad(), source=detente.Disjoint([3, 3]), group=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_micro_batches_add_up_their_own_updates_alone():
+    samples = [2, 3]
+    net, x = build("layers", samples)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    options = {"source": detente.Disjoint(samples), "micro_batches": 2}
+    with pytest.raises(ValueError, match="accumulate='direction'"):
+        detente.step(lambda tasks=None: net.losses(x, samples), optimizer, detente.CAGrad(), **options)
+
+    def closure(tasks: Any = None) -> dict[str, Tensor]:
+        return dict(zip("ab", net.losses(x, samples), strict=True))
+
+    update = detente.step(closure, optimizer, detente.CAGrad(), accumulate="direction", **options)
+    assert update.stats["engine"] == "disjoint"
 
 
 @settings(max_examples=40, deadline=None)

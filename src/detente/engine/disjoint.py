@@ -31,7 +31,7 @@ class Chunks:
 
     def __init__(self, found: Reach, samples: Sequence[int]) -> None:
         if not found.apart:
-            raise ValueError("a parameter that is not listed in `shared` is reached by several losses")
+            raise ValueError("a parameter that is not listed in `shared`, or an input, is reached by several losses")
         self.found = found
         self.samples = samples
         self.total = sum(samples)
@@ -128,7 +128,7 @@ class Chunks:
         """Whether gradients that are finite were shown to belong to the tasks in whose rows they are.
 
         Losses with other factors must give the same gradients with the factors of the rows. Powers of two lose
-        nothing, so that only a kernel that sums in another order leaves a difference.
+        nothing above the smallest normal number, so that only a kernel that sums in another order leaves a difference.
         """
         factors = [2.0 ** -(t % 32) for t in range(len(losses))]
         starts = [torch.full_like(loss, factor) for loss, factor in zip(losses, factors, strict=True)]
@@ -140,8 +140,8 @@ class Chunks:
                 return False
             sizes = self._sizes(len(before))
             for t, (one, other) in enumerate(zip(torch.split(before, sizes), torch.split(after, sizes), strict=True)):
-                difference = float((other / factors[t] - one).abs().max())
-                if difference > 100 * torch.finfo(one.dtype).eps * float(one.abs().max()):
+                kind, scaled = torch.finfo(one.dtype), one * factors[t]
+                if float((other - scaled).abs().max()) > 100 * kind.eps * float(scaled.abs().max()) + kind.tiny:
                     raise ValueError(
                         f"source=detente.Disjoint({list(self.samples)}): rows that belong to loss {t} have a part in "
                         "another loss. The samples of each loss must follow those of the loss before, in the order "
