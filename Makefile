@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # two threads under contention are many times slower than one
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-long lint bench bench-agreement bench-solvers bench-steps bench-memory bench-distributed bench-driver clean
+.PHONY: demo test test-long lint bench bench-agreement bench-solvers bench-steps bench-memory bench-distributed bench-driver bench-disjoint clean
 
 demo: .venv/compare
 	$(BIN)/detente compare digits --out runs/demo
@@ -67,6 +67,12 @@ bench-distributed: benchmarks/.venv/ready
 # needs no peer
 bench-driver: .venv/compare
 	$(BIN)/python benchmarks/driver.py
+
+# the second time as docs/speed.md has it
+bench-disjoint: .venv/compare
+	$(BIN)/python benchmarks/disjoint.py
+	MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000 \
+		$(BIN)/python benchmarks/disjoint.py --name disjoint-kept.md
 
 benchmarks/.venv/ready: benchmarks/constraints.txt
 	$(PYTHON) -m venv benchmarks/.venv

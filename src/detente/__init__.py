@@ -8,7 +8,7 @@ One line instead of ``loss.backward()``::
 from detente import methods, nn
 from detente.aggregate import aggregate
 from detente.backward import backward
-from detente.engine.source import Every, Sampled
+from detente.engine.source import Disjoint, Every, Sampled
 from detente.history import History
 from detente.method import GramianMethod, LossWeighting, Method, Update, cite, get_method, list_methods
 from detente.methods import *  # noqa: F403
@@ -17,6 +17,7 @@ from detente.step import step
 __version__ = "0.1.0"
 
 __all__ = [
+    "Disjoint",
     "Every",
     "GramianMethod",
     "History",

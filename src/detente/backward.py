@@ -13,7 +13,7 @@ from torch import Tensor
 
 from detente.engine.distributed import Counts, Processes
 from detente.engine.graph import Reach, listed, reach
-from detente.engine.source import Every, Sampled
+from detente.engine.source import Disjoint, Every, Sampled
 from detente.losses import Losses, named_losses
 from detente.method import GramianMethod, LossWeighting, Method, Update, one_of, require_method
 from detente.resolve import Step
@@ -29,7 +29,7 @@ def backward(
     method: Method,
     *,
     shared: Iterable[Tensor] | None = None,
-    source: str | Sampled | Every = "parameters",
+    source: str | Sampled | Disjoint | Every = "parameters",
     granularity: str | None = None,
     weighting: LossWeighting | None = None,
     counts: Counts | None = None,
@@ -55,8 +55,9 @@ def backward(
             shared unless you say so, and every parameter gets its plain gradient.
         source: ``"parameters"`` (the gradients of all tasks), ``"features"`` (those of the values at which the tasks
             part, found from the graph: one pass through the trunk instead of T, an approximation that the papers call
-            the upper bound), :class:`detente.Sampled`, or :class:`detente.Every` (the coefficients of one step for
-            the next k - 1 as well).
+            the upper bound), :class:`detente.Sampled`, :class:`detente.Disjoint` (one pass for all tasks, exactly,
+            where no sample counts in two losses), or :class:`detente.Every` (the coefficients of one step for the
+            next k - 1 as well).
         granularity: ``"model"``, ``"layer"`` (one set of coefficients per parameter tensor, or per feature) or
             ``"channel"`` (per index of the parameter's first dimension, of a feature's second); None is the method's
             own.
@@ -123,7 +124,7 @@ class Options:
     """How a step is taken; see :func:`backward`."""
 
     shared: list[Tensor] | None = None
-    source: str | Sampled | Every = "parameters"
+    source: str | Sampled | Disjoint | Every = "parameters"
     granularity: str | None = None
     weighting: LossWeighting | None = None
     counts: Counts | None = None
@@ -140,9 +141,10 @@ class Options:
         weighting, source, storage, scale = self.weighting, self.source, self.storage, self.scale
         if weighting is not None and not isinstance(weighting, LossWeighting):
             raise TypeError(f"weighting must be a loss weighting such as detente.DWA(); got {weighting!r}.")
-        if not isinstance(source, Sampled | Every) and source not in ("parameters", "features"):
+        if not isinstance(source, Sampled | Disjoint | Every) and source not in ("parameters", "features"):
             raise ValueError(
-                f"source must be 'parameters', 'features', detente.Sampled(n) or detente.Every(k); got {source!r}."
+                "source must be 'parameters', 'features', detente.Sampled(n), detente.Disjoint(samples) or "
+                f"detente.Every(k); got {source!r}."
             )
         if self.granularity is not None:
             one_of("granularity", self.granularity, ("model", "layer", "channel"))
@@ -178,6 +180,11 @@ class Options:
                     f"{method.name} works on single parameters or follows them from step to step, which the features "
                     "of a batch do not allow. Use source='parameters'."
                 )
+        if isinstance(self.taken, Disjoint) and self.engine != "auto":
+            raise ValueError(
+                "source=detente.Disjoint(...) is itself a way to take the gradients; leave `engine` out. Got "
+                f"engine={self.engine!r}."
+            )
         if weighting is not None and method.own_weighting is not None:
             raise ValueError(
                 f"{method.name} weights the losses itself ({method.own_weighting.name}); leave `weighting` out."
@@ -191,7 +198,7 @@ class Options:
         return self.source if isinstance(self.source, Every) else None
 
     @property
-    def taken(self) -> str | Sampled:
+    def taken(self) -> str | Sampled | Disjoint:
         """What a fresh step takes the gradients of."""
         return self.source.source if isinstance(self.source, Every) else self.source
 
@@ -240,11 +247,12 @@ def run(
     )
     with torch.autocast(next(iter(named.values())).device.type, enabled=False):
         update = step.take()
+    source = options.source
     if among is not None and os.environ.get("DETENTE_DEBUG") == "1":
         among.check_equal(
             {
                 "the history of the method": method.state_dict(),
-                "the history of the source": {} if isinstance(options.source, str) else options.source.state_dict(),
+                "the history of the source": {} if isinstance(source, str | Disjoint) else source.state_dict(),
                 "the history of the weighting": {} if options.weighting is None else options.weighting.state_dict(),
                 "the set of weights": update.weights,
                 "the value of the shared parameters": [] if among.layout else found.shared,

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from detente.engine.disjoint import Chunks
 from detente.engine.distributed import Processes
 from detente.engine.grad import accumulate, pull
 from detente.engine.graph import Reach, users
@@ -20,6 +21,7 @@ from detente.engine.jacobian import Jacobian
 from detente.engine.lean import LARGE, Product, fresh, obstacle, products, worth
 from detente.engine.rows import Scattered
 from detente.engine.source import (
+    Disjoint,
     Every,
     Features,
     Head,
@@ -61,7 +63,7 @@ class Step:
     further: Iterable[tuple[dict[str, Tensor], Reach]]
     micro_batches: int
     method: Method
-    source: str | Sampled
+    source: str | Sampled | Disjoint
     every: Every | None
     granularity: str | None
     weighting: LossWeighting | None
@@ -217,6 +219,15 @@ class Step:
         if self.among is not None:
             return self._summed(method, rows, self.among)
         partition = self._partition(method, found.shared)
+        reason = None
+        if isinstance(self.source, Disjoint):
+            samples = self.source.rows(self.tasks)
+            try:
+                chunks = Chunks(found, samples)
+            except ValueError as error:
+                reason = str(error)
+            else:
+                return self._in_chunks(chunks, partition)
         written = bool(self.others) or self.micro_batches > 1 or method.transforms or method.per_parameter
         together = _together(self.tensors, found, rows) if self.engine == "batched" else None
         kept: dict[int, Product] = {}
@@ -230,13 +241,22 @@ class Step:
             together.pull_each(jacobian, kept)
         else:
             heads, values = self._row_by_row(jacobian, rows, method, kept)
+        if reason is None:
+            reason = f"{method.name} needs every gradient written out" if written else _why(self.engine, kept, found)
         how = {
             "engine": "batched" if together else "lean" if kept else "serial",
-            "why": f"{method.name} needs every gradient written out" if written else _why(self.engine, kept, found),
+            "why": reason,
             "backwards": 1 if together else count * (self.micro_batches + len(self.others)),
             "products": len(kept),
         }
         return _Taken(jacobian, heads, values, partition, how)
+
+    def _in_chunks(self, chunks: Chunks, partition: Partition) -> _Taken:
+        """The task gradients of the shared parameters from one pass, where each task has samples of its own."""
+        jacobian = Jacobian(self.found.shared, len(self.tasks), storage=self.storage)
+        heads, passes = chunks.pull(self.tensors, jacobian)
+        how = {"engine": "disjoint", "why": "source", "backwards": passes, "products": 0}
+        return _Taken(jacobian, heads, _values(self.tensors), partition, how)
 
     def _summed(self, method: GramianMethod, rows: list[Row], among: Processes) -> _Taken:
         """The task gradients of the shared parameters, summed over the processes."""
@@ -245,6 +265,10 @@ class Step:
             raise ValueError(
                 f"engine={self.engine!r} keeps what one process knows of its own samples, and gradients must be summed "
                 "over the processes. Use engine='auto'."
+            )
+        if isinstance(self.source, Disjoint):
+            raise ValueError(
+                "source=detente.Disjoint(...) is for one process, whose batch it divides. Use source='parameters'."
             )
         how: dict[str, Any] = {"engine": "serial", "why": "several processes", "products": 0}
         how["backwards"] = count * (self.micro_batches + len(self.others))

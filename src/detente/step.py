@@ -14,7 +14,7 @@ from detente.backward import Options, joined, run
 from detente.engine.distributed import Counts, Processes
 from detente.engine.grad import pull
 from detente.engine.graph import Reach, listed
-from detente.engine.source import Every, Sampled
+from detente.engine.source import Disjoint, Every, Sampled
 from detente.losses import check_finite, named_losses
 from detente.method import GramianMethod, LossWeighting, Method, Update, one_of, require_method
 
@@ -36,7 +36,7 @@ def step(
     method: Method,
     *,
     shared: Iterable[Tensor] | None = None,
-    source: str | Sampled | Every = "parameters",
+    source: str | Sampled | Disjoint | Every = "parameters",
     granularity: str | None = None,
     weighting: LossWeighting | None = None,
     counts: Counts | None = None,

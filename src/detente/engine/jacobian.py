@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -53,9 +54,8 @@ class Jacobian:
             if k in self.inputs or k in self.fresh:
                 continue
             kinds.setdefault((p.dtype.to_real(), p.device, self.shares[k]), []).append(k)
-        self.groups = []
+        self.groups: list[tuple[list[int], Tensor]] = []
         self.slices: list[Tensor] = [torch.empty(0)] * len(self.parameters)  # [T, *shape] views, one per parameter
-        self.places: dict[int, tuple[Tensor, ...]] = {}  # the same, one view per row
         for (dtype, device, _), members in kinds.items():
             sizes = [self.parameters[k].numel() * (2 if self.parameters[k].is_complex() else 1) for k in members]
             buffer = torch.empty(count, sum(sizes), dtype=storage or dtype, device=device)
@@ -63,7 +63,11 @@ class Jacobian:
             for k, part in zip(members, torch.split(buffer, sizes, dim=1), strict=True):
                 p = self.parameters[k]
                 self.slices[k] = part.view(count, *p.shape, *([2] if p.is_complex() else []))
-                self.places[k] = self.slices[k].unbind(0)
+
+    @cached_property
+    def places(self) -> dict[int, tuple[Tensor, ...]]:
+        """The slices of the buffers once more, one view per row."""
+        return {k: self.slices[k].unbind(0) for members, _ in self.groups for k in members}
 
     def write(self, row: int, gradients: Sequence[Tensor | None], *, add: bool = False, more: bool = False) -> None:
         """Write the gradient of one task, one tensor per parameter (D_t for a product); None is zero.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-__all__ = ["LARGE", "Product", "fresh", "obstacle", "products", "worth"]
+__all__ = ["LARGE", "Product", "biases", "fresh", "obstacle", "products", "worth"]
 
 # what the input of the product is saved as, and which argument the weight is
 _NODES = {"AddmmBackward0": ("mat1", 2), "MmBackward0": ("self", 1)}
@@ -64,6 +65,21 @@ def products(users: Mapping[Node, list[Node]], parameters: Sequence[Tensor]) -> 
         saved, place = _NODES[product.name()]
         if product.next_functions[place][0] is transposed and getattr(product, "_saved_alpha", 1) == 1:
             found[k] = Product(product, int(getattr(product, f"_saved_{saved}_sym_sizes")[0]))
+    return found
+
+
+def biases(users: Mapping[Node, list[Node]], parameters: Sequence[Tensor]) -> dict[int, Product]:
+    """The biases ``[o]``, by position, that a step adds to one such product and uses nowhere else."""
+    found = {}
+    for k, p in enumerate(parameters):
+        if p.dim() != 1 or p.dtype not in (torch.float32, torch.float64) or p._backward_hooks:
+            continue
+        leaf = get_gradient_edge(p).node
+        product: Any = _only(users.get(leaf))
+        if product is None or product.name() != "AddmmBackward0" or product.next_functions[0][0] is not leaf:
+            continue
+        if product._saved_beta == 1 and product._saved_mat2_sym_sizes[1] == len(p):
+            found[k] = Product(product, int(product._saved_mat1_sym_sizes[0]))
     return found
 
 

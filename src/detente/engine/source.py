@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from detente.engine.lean import Product
 from detente.engine.rows import Scattered
 
 __all__ = [
+    "Disjoint",
     "Every",
     "Features",
     "Head",
@@ -115,6 +117,68 @@ class Sampled:
         ]
 
 
+class Disjoint:
+    """Take the gradients of all tasks in one backward pass, where every task has samples of its own.
+
+    For losses that are means over slices of one batch, after one forward pass: multi-task reinforcement learning, or
+    one data set per task. What a linear layer ``Y = X W' + b`` adds to the gradient of task t then lies in that
+    task's rows of ``dL/dY``, of whatever loss ``L`` is the sum; the gradients are those of T passes.
+
+    Every shared parameter must be the weight or the bias of one linear layer that the whole batch goes through, in
+    float32 or float64 and without hooks. If one is not, a step takes a pass per task as usual, and
+    ``update.stats["why"]`` names the parameter.
+
+    **What you promise.** The rows of the first loss come first in dimension 0 of the batch, then those of the second,
+    and no row has a part in two losses, also not through the network (BatchNorm, attention across the batch). This is
+    checked, by a second and cheaper pass, in the first step of a network and of every further kind of graph
+    (operations and tokens per sample) that it comes with, and in every step under ``DETENTE_DEBUG=1``.
+
+    Where the losses come from a forward pass for each task, leave this out: their backward passes share no work.
+
+    Args:
+        samples: rows of the batch of each loss, in the order of the losses; or ``{task: rows}``, of which a step that
+            brings some of the tasks takes theirs.
+
+    Raises:
+        ValueError: the rows are not whole numbers of at least 1; in a step, they are not those of its losses, or the
+            promise is broken.
+
+    Example:
+        >>> import torch, detente
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> source = detente.Disjoint({"reach": 4, "push": 2})
+        >>> for x in torch.randn(2, 6, 3):
+        ...     y = net(x)
+        ...     losses = {"reach": y[:4].square().mean(), "push": (y[4:] - 1).square().mean()}
+        ...     update = detente.backward(losses, detente.CAGrad(), source=source)
+        >>> update.stats["engine"], update.stats["backwards"]
+        ('disjoint', 1)
+    """
+
+    def __init__(self, samples: Sequence[int] | Mapping[str, int]) -> None:
+        given = samples if isinstance(samples, Mapping) else dict(enumerate(samples))
+        if not given or not all(isinstance(rows, Integral) and rows >= 1 for rows in given.values()):
+            raise ValueError(f"Disjoint(samples) needs a whole number >= 1 of rows for every loss; got {samples!r}.")
+        self.samples: dict[str | int, int] = {task: int(rows) for task, rows in given.items()}
+        self.named = isinstance(samples, Mapping)
+
+    def rows(self, tasks: Sequence[str]) -> list[int]:
+        """Rows of the batch of each of these tasks."""
+        if not self.named:
+            if len(self.samples) != len(tasks):
+                raise ValueError(
+                    f"source=detente.Disjoint(...) has rows for {len(self.samples)} losses, and this step brings "
+                    f"{len(tasks)}. Pass {{task: rows}} where a step may bring some of the tasks."
+                )
+            return list(self.samples.values())
+        missing = [task for task in tasks if task not in self.samples]
+        if missing:
+            raise ValueError(
+                f"source=detente.Disjoint(...) has no rows for the losses {missing}; it names {list(self.samples)}."
+            )
+        return [self.samples[task] for task in tasks]
+
+
 class Every:
     """Take the task gradients on every k-th step only, and reuse the coefficients that they gave in between.
 
@@ -128,7 +192,7 @@ class Every:
 
     Args:
         k: steps from one fresh step to the next, at least 1.
-        source: of the fresh steps: ``"parameters"``, ``"features"`` or :class:`Sampled`.
+        source: of the fresh steps: ``"parameters"``, ``"features"``, :class:`Sampled` or :class:`Disjoint`.
 
     Raises:
         ValueError: ``k`` is below 1, or ``source`` is none of these.
@@ -144,12 +208,13 @@ class Every:
         3
     """
 
-    def __init__(self, k: int, source: str | Sampled = "parameters") -> None:
+    def __init__(self, k: int, source: str | Sampled | Disjoint = "parameters") -> None:
         if not isinstance(k, int) or k < 1:
             raise ValueError(f"Every(k) needs a whole number k >= 1 of steps; got {k!r}.")
-        if not isinstance(source, Sampled) and source not in ("parameters", "features"):
+        if not isinstance(source, Sampled | Disjoint) and source not in ("parameters", "features"):
             raise ValueError(
-                f"Every(k, source): source must be 'parameters', 'features' or Sampled(n); got {source!r}."
+                "Every(k, source): source must be 'parameters', 'features', Sampled(n) or Disjoint(samples); got "
+                f"{source!r}."
             )
         self.k = k
         self.source = source
