@@ -341,7 +341,7 @@ def test_gradients_at_the_ends_of_float32_are_no_reason_for_an_error(size):
     assert update.stats["engine"] == "disjoint"
 
 
-@pytest.mark.parametrize("samples", [[], [0, 2], [2.5, 1], ["2"], {"a": -1}, torch.ones(2)])
+@pytest.mark.parametrize("samples", [64, [], [0, 2], [2.5, 1], ["2"], {"a": -1}, torch.ones(2)])
 def test_rows_that_are_no_numbers_are_an_error(samples):
     with pytest.raises(ValueError, match="needs a whole number >= 1"):
         detente.Disjoint(samples)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, TypeVar
@@ -156,7 +156,9 @@ class Disjoint:
     """
 
     def __init__(self, samples: Sequence[int] | Mapping[str, int]) -> None:
-        given = samples if isinstance(samples, Mapping) else dict(enumerate(samples))
+        given: Mapping[Any, Any] = samples if isinstance(samples, Mapping) else {}
+        if not isinstance(samples, Mapping) and isinstance(samples, Iterable):
+            given = dict(enumerate(samples))
         if not given or not all(isinstance(rows, Integral) and rows >= 1 for rows in given.values()):
             raise ValueError(f"Disjoint(samples) needs a whole number >= 1 of rows for every loss; got {samples!r}.")
         self.samples: dict[str | int, int] = {task: int(rows) for task, rows in given.items()}
