@@ -223,7 +223,7 @@ class Step:
         if isinstance(self.source, Disjoint):
             samples = self.source.rows(self.tasks)
             try:
-                chunks = Chunks(found, samples)
+                chunks = Chunks(found, samples, alike=method.heads == "own" and self.weighting is None)
             except ValueError as error:
                 reason = str(error)
             else:

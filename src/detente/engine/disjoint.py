@@ -24,13 +24,15 @@ class Chunks:
     Args:
         found: the leaves behind the losses.
         samples: of each loss.
+        alike: whether all losses count alike for leaves that are not shared. Those that several losses reach take the
+            sum of their gradients then, which one pass gives.
 
     Raises:
         ValueError: some parameter's gradients cannot be told apart by the rows of a linear layer.
     """
 
-    def __init__(self, found: Reach, samples: Sequence[int]) -> None:
-        if not found.apart:
+    def __init__(self, found: Reach, samples: Sequence[int], alike: bool) -> None:
+        if not (found.apart or alike):
             raise ValueError("a parameter that is not listed in `shared`, or an input, is reached by several losses")
         self.found = found
         self.samples = samples
@@ -68,7 +70,7 @@ class Chunks:
         shared = self.found.shared
         layers = {layer.node: layer.samples for layer in (*self.weights.values(), *self.biases.values())}
         edges = [GradientEdge(node, 0) for node in layers]
-        own = [(p, t) for t, leaves in enumerate(self.found.own) for p in leaves]
+        own = list({id(p): (p, t) for t, leaves in enumerate(self.found.own) for p in leaves}.values())
         inputs = {k: layer.inputs for k, layer in self.weights.items()}  # the pass frees them
         key = frozenset(map(type, self.found.masks)), tuple(n // self.total for n in layers.values())
         kept = _KEPT.setdefault(shared[0], set())

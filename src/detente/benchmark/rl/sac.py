@@ -37,7 +37,7 @@ SETTINGS: dict[str, Any] = {
     "horizon": 150,  # steps of a training episode
     "evaluation_horizon": HORIZON,  # steps after which an episode of an evaluation has failed
     "goals": 3,  # training goals per task
-    "warm_up": 4,  # episodes of random actions before the first update
+    "warm_up": 3,  # further episodes, of random actions, before the first update
     "updates": 1,  # per step of all environments
     "batch_size": 64,  # transitions per task
     "capacity": 100_000,  # transitions per task that the buffer keeps
@@ -65,6 +65,10 @@ class Network(nn.Module):
         self.trunk = nn.Sequential(*shared)
         self.outputs = nn.ModuleList(nn.Linear(hidden, outputs) for _ in range(tasks if self.heads else 1))
 
+    def shared(self) -> list[Tensor]:
+        """Parameters that all tasks share."""
+        return list(self.trunk.parameters() if self.heads else self.parameters())
+
     def forward(self, x: Tensor) -> Tensor:
         """Outputs [T * B, O] for inputs [T * B, I], those of task 0 first."""
         if not self.heads:
@@ -85,19 +89,20 @@ class SoftActorCritic(Training):
         count = len(self.tasks)
         self.counts = dict.fromkeys(self.tasks, settings["batch_size"])
         self.actor = Network(OBSERVATIONS, 2 * ACTIONS, count, settings).to(self.device)
-        self.critics = nn.ModuleList(
-            Network(OBSERVATIONS + ACTIONS, 1, count, settings).to(self.device) for _ in range(2)
-        )
+        critics = [Network(OBSERVATIONS + ACTIONS, 1, count, settings).to(self.device) for _ in range(2)]
+        self.critics = nn.ModuleList(critics)
         self.targets = copy.deepcopy(self.critics).requires_grad_(False)
         self.temperatures = nn.Parameter(torch.zeros(count, device=self.device))  # logarithms
         networks = [self.actor, self.critics]
-        how = {key: settings[key] for key in ("lr", "weight_decay")}
+        how = {"lr": settings["lr"], "weight_decay": settings["weight_decay"], "fused": True}
         self.optimizers = [torch.optim.Adam(network.parameters(), **how) for network in networks]
         self.warmth = torch.optim.Adam([self.temperatures], lr=settings["lr"])
         self.for_actor, self.for_critics = (
             self.spec.build(network, settings["epochs"], job.seed + k) for k, network in enumerate(networks)
         )
         self.sources = [self._source(method) for method in self.methods]
+        # the output layers are the tasks' own, although their outputs are joined
+        self.shared = [self.actor.shared(), [p for critic in critics for p in critic.shared()]]
         for optimizer in self.optimizers:
             self.clip(optimizer)
         self.buffer = Replay(count, settings["capacity"], job.seed)
@@ -227,7 +232,8 @@ class SoftActorCritic(Training):
         optimizer = self.optimizers[which]
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         closure = self.closure(losses, log, trained if probing else None)
-        log.update(detente.step(closure, optimizer, self.methods[which], source=self.sources[which]))
+        method, source = self.methods[which], self.sources[which]
+        log.update(detente.step(closure, optimizer, method, shared=self.shared[which], source=source))
 
     # -- an epoch
 
@@ -240,11 +246,12 @@ class SoftActorCritic(Training):
         settings = self.job.settings
         horizon, episodes = settings["horizon"], settings["episodes"]
         solved = np.zeros(len(self.tasks))
+        random = 0 if self.epoch else settings["warm_up"]
         self.environments.call("begin", self.epoch * episodes)
         observations, _ = self.environments.reset()  # every episode of the epoch but the first begins by itself
-        for episode in range(episodes):
+        for episode in range(-random, episodes):
             successful = np.zeros(len(self.tasks), dtype=bool)
-            ready = self.epoch * episodes + episode >= settings["warm_up"]
+            ready = episode >= 0
             for step in range(horizon):
                 if ready:
                     actions = self._explore(observations)
@@ -264,8 +271,8 @@ class SoftActorCritic(Training):
                     self._update(log, probing)
                     if not probing:
                         self.step_times.append(1000 * (clock(self.device) - start))
-                progress((episode + (step + 1) / horizon) / episodes)
-            solved += successful
+                progress((random + episode + (step + 1) / horizon) / (random + episodes))
+            solved += successful * ready
         self.rates = {task: {"success": s / episodes} for task, s in zip(self.tasks, solved.tolist(), strict=True)}
 
     def figures(self, split: str) -> dict[str, dict[str, float]]:
