@@ -159,7 +159,7 @@ class Disjoint:
         given: Mapping[Any, Any] = samples if isinstance(samples, Mapping) else {}
         if not isinstance(samples, Mapping) and isinstance(samples, Iterable):
             given = dict(enumerate(samples))
-        if not given or not all(isinstance(rows, Integral) and rows >= 1 for rows in given.values()):
+        if not given or not all(isinstance(rows, Integral) and int(rows) >= 1 for rows in given.values()):
             raise ValueError(f"Disjoint(samples) needs a whole number >= 1 of rows for every loss; got {samples!r}.")
         self.samples: dict[str | int, int] = {task: int(rows) for task, rows in given.items()}
         self.named = isinstance(samples, Mapping)
