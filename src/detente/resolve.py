@@ -222,8 +222,9 @@ class Step:
         reason = None
         if isinstance(self.source, Disjoint):
             samples = self.source.rows(self.tasks)
+            alike = method.heads == "own" and (self.weighting or method.own_weighting) is None
             try:
-                chunks = Chunks(found, samples, alike=method.heads == "own" and self.weighting is None)
+                chunks = Chunks(found, samples, alike)
             except ValueError as error:
                 reason = str(error)
             else:

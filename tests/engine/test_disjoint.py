@@ -176,6 +176,22 @@ def test_a_head_that_is_listed_as_shared_has_one_row():
     assert_close(found[0][1], found[1][1], 1e-8)
 
 
+@pytest.mark.parametrize(
+    ("method", "engine"),
+    [(detente.CAGrad, "disjoint"), (lambda: detente.MGDA(heads="weighted"), "serial")],
+    ids=["own", "weighted"],
+)
+def test_heads_whose_outputs_are_joined_are_the_tasks_own_where_only_the_trunk_is_shared(method, engine):
+    """Every loss then seems to reach every head; their gradients are summed, and all but one are 0."""
+    samples = [2, 3, 4]
+    net = Net(lambda s, x, n: torch.cat(on_slices(s, x, n)), trunk=mlp(6, 9, 6), heads=several()).double()
+    x, found = torch.randn(9, 6, dtype=torch.float64), []
+    for options in ({"source": detente.Disjoint(samples)}, {"engine": "serial"}):
+        found.append(grads(net, x, samples, method(), shared=net.trunk.parameters(), **options))
+    assert found[0][0].stats["engine"] == engine
+    assert_close(found[0][1], found[1][1], 1e-8)
+
+
 def test_a_frozen_weight_with_a_bias_that_is_trained():
     samples = [2, 3]
     net, x = build("layers", samples)
@@ -258,14 +274,15 @@ def test_what_no_layer_covers_takes_a_pass_per_task_and_is_named(name):
     assert_close(mine, grads(net, x, samples, detente.CAGrad(), engine="serial")[1], 1e-12)
 
 
-def test_heads_that_two_tasks_share_take_a_pass_per_task():
+@pytest.mark.parametrize("method", [lambda: detente.CAGrad(heads="weighted"), detente.IMTL, detente.DBMTL])
+def test_heads_that_two_tasks_share_take_a_pass_per_task_where_the_losses_count_differently(method):
     samples = [2, 3]
     net, x = build("layers", samples)
     source = detente.Disjoint(samples)
-    update, mine = grads(net, x, samples, detente.CAGrad(), source=source, shared=net.trunk[0].parameters())
+    update, mine = grads(net, x, samples, method(), source=source, shared=net.trunk[0].parameters())
     assert update.stats["backwards"] == 2
     assert "not listed" in update.stats["why"]
-    wanted = grads(net, x, samples, detente.CAGrad(), shared=net.trunk[0].parameters(), engine="serial")[1]
+    wanted = grads(net, x, samples, method(), shared=net.trunk[0].parameters(), engine="serial")[1]
     assert_close(mine, wanted, 1e-12)
 
 

@@ -16,9 +16,11 @@ from torch.utils.data import Dataset
 from detente.benchmark.rl import cloning
 from detente.benchmark.rl.cloning import Batch, Episodes, collate
 from detente.benchmark.rl.metaworld import MT10
-from detente.benchmark.rl.rates import summary
+from detente.benchmark.rl.rates import report, summary
 
-__all__ = ["collate", "losses", "make_data", "make_model", "metrics", "selection", "settings", "summary", "tasks"]
+__all__ = [
+    "collate", "losses", "make_data", "make_model", "metrics", "report", "selection", "settings", "summary", "tasks",
+]  # fmt: skip
 
 tasks: dict[str, dict[str, str]] = {task: {"success": "max"} for task in MT10}
 settings: dict[str, Any] = {

@@ -7,6 +7,7 @@ pass of its own and the gradients of all tasks together cost little more than on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ class Cloned(nn.Module):
         super().__init__()
         sizes = [OBSERVATIONS, hidden, hidden]
         parts: list[nn.Module] = []
-        for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+        for inputs, outputs in pairwise(sizes):
             parts += [nn.Linear(inputs, outputs), nn.LayerNorm(outputs), nn.ReLU(), layers.dropout(dropout)]
         self.trunk = nn.Sequential(*parts)
         self.heads = nn.ModuleDict({task: nn.Linear(hidden, ACTIONS) for task in tasks})
@@ -123,7 +124,8 @@ def metrics(model: nn.Module, data: Episodes, tasks: Sequence[str]) -> Mapping[s
     def rate(task: str) -> float:
         def policy(observations: Array) -> Array:
             scaled = (torch.from_numpy(observations).float() - data.mean) / data.deviation
-            return model(scaled, task).clamp(-1, 1).double().numpy()
+            actions: Array = model(scaled, task).clamp(-1, 1).double().numpy()
+            return actions
 
         return success(policy, task, data.split, data.episodes, data.horizon)
 

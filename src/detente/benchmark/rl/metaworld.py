@@ -6,6 +6,8 @@ speaks of goals that were not trained on. The official benchmark has no such spl
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -17,7 +19,19 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from gymnasium.vector import SyncVectorEnv
 
-__all__ = ["ACTIONS", "HORIZON", "MT10", "MT4", "MT50", "OBSERVATIONS", "Policy", "demonstrate", "success", "training"]
+__all__ = [
+    "ACTIONS",
+    "HORIZON",
+    "MT4",
+    "MT10",
+    "MT50",
+    "OBSERVATIONS",
+    "Policy",
+    "demonstrate",
+    "film",
+    "success",
+    "training",
+]
 
 OBSERVATIONS = 39
 ACTIONS = 4
@@ -77,7 +91,7 @@ def _environment(task: str, goals: Sequence[Any], horizon: int, **rendering: Any
             self.position = position
 
         def reset(self, **options: Any) -> Any:
-            self.unwrapped.set_task(goals[self.position % len(goals)])
+            self.unwrapped.set_task(goals[self.position % len(goals)])  # type: ignore[attr-defined, unused-ignore]
             self.position += 1
             return self.env.reset(**options)
 
@@ -124,6 +138,36 @@ def success(policy: Policy, task: str, split: str, episodes: int, horizon: int =
     envs.call("begin")
     rate, *_ = _metaworld().evaluation.evaluation(_Agent(policy), envs, num_episodes=episodes)
     return float(rate)
+
+
+def film(policy: Policy, task: str, frames: int, horizon: int = HORIZON, size: int = 160) -> NDArray[np.uint8]:
+    """Frames [F, size, size, 3], evenly spaced, of an episode on the first test goal, up to its success.
+
+    Raises:
+        Exception: whatever the machine's OpenGL raises where it cannot render; on Linux without a screen it needs EGL.
+    """
+    if sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    goals = _goals(task)[GOALS["test"]][:1]
+    env = _environment(task, goals, horizon, render_mode="rgb_array", camera_name="corner2", width=size, height=size)
+    try:
+
+        def play(shown: Sequence[int]) -> tuple[int, list[NDArray[np.uint8]]]:
+            observation, _ = env.reset()
+            pictures = [env.render()] if 0 in shown else []
+            for step in range(1, horizon + 1):
+                observation, _, _, _, info = env.step(policy(observation[None])[0].astype(np.float32))
+                pictures += [env.render()] if step in shown else []
+                if info["success"]:
+                    break
+            return step, pictures
+
+        length, _ = play([])  # rendering takes far longer than playing it twice
+        _, pictures = play([round(length * k / max(frames - 1, 1)) for k in range(frames)])
+        pictures += pictures[-1:] * (frames - len(pictures))  # of an episode shorter than that
+        return np.stack([picture[::-1] for picture in pictures])  # the camera hangs upside down
+    finally:
+        env.close()
 
 
 def demonstrate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ from rich.table import Table
 
 from detente.benchmark.statistics import interquartile_mean, stratified_bootstrap
 
-__all__ = ["report", "scores", "summary"]
+__all__ = ["FILM", "report", "scores", "sheet", "summary"]
+
+FILM = "film.png"
+"""Pictures of a trained policy, in the directory of its run."""
 
 Result = Mapping[str, Any]
 
@@ -49,23 +53,43 @@ def summary(results: Sequence[Result]) -> list[Table]:
 
 
 def report(results: Sequence[Result], directory: Path) -> None:
-    """Mean success on the validation goals over training, a line per method with the range of its seeds."""
-    import matplotlib.pyplot as plt
+    """Draw the mean success over training, a line per method with the range of its seeds."""
+    import matplotlib
+    from matplotlib.figure import Figure
 
     curves: dict[str, list[tuple[list[int], list[float]]]] = {}
     for result in results:
         if result["task"] is None and result["history"]:
             steps = np.cumsum([row["steps"] for row in result["history"]]).tolist()
-            rates = [float(np.mean([f["success"] for f in row["val"].values()])) for row in result["history"]]
-            curves.setdefault(result["label"], []).append((steps, rates))
-    (directory / "figures").mkdir(exist_ok=True)
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+            means = [float(np.mean([f["success"] for f in row["val"].values()])) for row in result["history"]]
+            curves.setdefault(result["label"], []).append((steps, means))
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     for label, seeds in curves.items():
         length = min(len(steps) for steps, _ in seeds)
-        rates = np.array([rates[:length] for _, rates in seeds])
-        (line,) = axes.plot(seeds[0][0][:length], rates.mean(0), marker="o", markersize=3, label=label)
-        axes.fill_between(seeds[0][0][:length], rates.min(0), rates.max(0), alpha=0.15, color=line.get_color())
-    axes.set(xlabel="steps", ylabel="mean success", ylim=(-0.03, 1.03), title="success on the validation goals")
+        steps, rates = seeds[0][0][:length], np.array([means[:length] for _, means in seeds])
+        (line,) = axes.plot(steps, rates.mean(0), marker="o", markersize=3, label=label)
+        axes.fill_between(steps, rates.min(0), rates.max(0), alpha=0.15, color=line.get_color())
+    axes.set(xlabel="optimizer steps", ylabel="mean success over tasks", ylim=(-0.03, 1.03))
     axes.legend(fontsize="small", ncols=1 + len(curves) // 16, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(directory / "figures" / "success.png", dpi=130)
-    plt.close(figure)
+    figures = directory / "figures"
+    figures.mkdir(exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": "detente"}):  # the same file every time
+        caption = "Success on the validation goals over training; shaded, the range of the seeds"
+        figure.savefig(figures / f"{caption}.svg", metadata={"Date": None})
+    for path in sorted(directory.glob(f"runs/*/seed-*/{FILM}")):
+        label, seed = path.parent.parent.name, path.parent.name.replace("-", " ")
+        caption = f"{label}, {seed}: a test episode of each task, up to its success"
+        shutil.copyfile(path, figures / f"{caption}{path.suffix}")
+
+
+def sheet(films: Sequence[NDArray[np.uint8]], tasks: Sequence[str], path: Path) -> None:
+    """Write pictures [F, H, W, 3] of each task as one, a row per task with its name."""
+    from PIL import Image, ImageDraw
+
+    rows = [np.concatenate(list(pictures), axis=1) for pictures in films]
+    whole = Image.fromarray(np.concatenate(rows))
+    draw = ImageDraw.Draw(whole)
+    for k, task in enumerate(tasks):
+        draw.text((5, k * rows[0].shape[0] + 3), task, fill="white", stroke_width=2, stroke_fill="black")
+    whole.save(path)

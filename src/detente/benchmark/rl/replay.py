@@ -53,6 +53,11 @@ class Replay:
         seen, done, rewards, following = (part[rows, drawn].flatten(0, 1) for part in self.parts)
         return seen, done, rewards.squeeze(1), following
 
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [39] of the observations of all tasks; the latter is a least of 5 cm."""
+        seen = self.parts[0][:, : len(self)].flatten(0, 1)
+        return seen.mean(0), seen.std(0).clamp_min(0.05)
+
     def state_dict(self) -> dict[str, Any]:
         """All transitions, and the state of the draws."""
         kept = [part[:, : len(self)].clone() for part in self.parts]

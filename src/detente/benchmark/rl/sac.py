@@ -11,6 +11,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,14 +22,17 @@ from torch.nn import functional as F
 
 import detente
 from detente.benchmark.device import clock
+from detente.benchmark.files import describe
 from detente.benchmark.job import Job
 from detente.benchmark.log import Log
 from detente.benchmark.randomness import seed
-from detente.benchmark.rl.metaworld import ACTIONS, HORIZON, OBSERVATIONS, Array, success, training
+from detente.benchmark.rl.metaworld import ACTIONS, HORIZON, OBSERVATIONS, Array, film, success, training
+from detente.benchmark.rl.rates import FILM, sheet
 from detente.benchmark.rl.replay import Replay
 from detente.benchmark.specs import Spec
 from detente.benchmark.training import Training
 from detente.method import GramianMethod, Method, method_class
+from detente.methods import AutoLambda
 
 __all__ = ["SETTINGS", "SoftActorCritic", "check"]
 
@@ -49,6 +54,7 @@ SETTINGS: dict[str, Any] = {
     "tau": 0.005,
     "sampled": 0,  # tasks whose gradients are taken, CAGrad-Fast; 0 for all
     "evaluated": 5,  # episodes per task of an evaluation
+    "frames": 6,  # per task, of the pictures of the first seed's last policy; 0 for none
 }
 BOUNDS = -20.0, 2.0  # of the logarithm of the policy's standard deviation
 
@@ -61,7 +67,7 @@ class Network(nn.Module):
         self.tasks, self.heads = tasks, bool(settings["heads"])
         hidden = settings["hidden"]
         sizes = [inputs + (0 if self.heads else tasks), *[hidden] * settings["layers"]]
-        shared = [nn.Sequential(nn.Linear(i, o), nn.ReLU()) for i, o in zip(sizes, sizes[1:], strict=False)]
+        shared = [nn.Sequential(nn.Linear(i, o), nn.ReLU()) for i, o in pairwise(sizes)]
         self.trunk = nn.Sequential(*shared)
         self.outputs = nn.ModuleList(nn.Linear(hidden, outputs) for _ in range(tasks if self.heads else 1))
 
@@ -107,6 +113,8 @@ class SoftActorCritic(Training):
             self.clip(optimizer)
         self.buffer = Replay(count, settings["capacity"], job.seed)
         self.random = np.random.default_rng(job.seed)
+        # of the observations before the first update
+        self.mean, self.deviation = torch.zeros(OBSERVATIONS), torch.ones(OBSERVATIONS)
         self.environments: Any = None
         self.rates: dict[str, dict[str, float]] = {}  # of the last epoch's training episodes
         self.saved |= {
@@ -127,12 +135,18 @@ class SoftActorCritic(Training):
 
     def state_dict(self) -> dict[str, Any]:
         """What has no state of its own."""
-        return {"temperatures": self.temperatures.detach(), "random": self.random.bit_generator.state}
+        return {
+            "temperatures": self.temperatures.detach(),
+            "random": self.random.bit_generator.state,
+            "mean": self.mean,
+            "deviation": self.deviation,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         with torch.no_grad():
             self.temperatures.copy_(state["temperatures"])
         self.random.bit_generator.state = state["random"]
+        self.mean, self.deviation = state["mean"], state["deviation"]
 
     def _source(self, method: Method) -> Any:
         """Which gradients an update takes; methods with a schedule of their own, and weightings, allow no choice."""
@@ -165,9 +179,14 @@ class SoftActorCritic(Training):
         squashed = 2 * (math.log(2) - raw - F.softplus(-2 * raw))  # log(1 - tanh^2), without cancellation
         return raw.tanh(), (gaussian - squashed).sum(1)
 
+    def _seen(self, observations: Tensor) -> Tensor:
+        """What the networks see of observations [N, 39]: positions a few centimetres apart, told apart."""
+        scaled: Tensor = (observations - self.mean) / self.deviation
+        return scaled.to(self.device)
+
     @torch.no_grad()
     def _explore(self, observations: Array) -> Array:
-        seen = torch.from_numpy(observations).float().to(self.device)
+        seen = self._seen(torch.from_numpy(observations).float())
         actions, _ = self._act(seen, torch.randn(len(seen), ACTIONS, device=self.device))
         return actions.cpu().double().numpy()
 
@@ -176,7 +195,7 @@ class SoftActorCritic(Training):
 
         @torch.no_grad()
         def policy(observations: Array) -> Array:
-            seen = torch.from_numpy(observations).float().to(self.device)
+            seen = self._seen(torch.from_numpy(observations).float())
             everyone = seen.repeat(len(self.tasks), 1)  # the network wants the same number of rows of every task
             mean, _ = self._policy(everyone)
             return mean.tanh().view(len(self.tasks), len(seen), ACTIONS)[k].cpu().double().numpy()
@@ -190,8 +209,9 @@ class SoftActorCritic(Training):
         return dict(zip(self.tasks, values.view(len(self.tasks), -1).mean(1).unbind(), strict=True))
 
     def _update(self, log: Log, probing: bool) -> None:
-        batch = [part.to(self.device) for part in self.buffer.sample(self.job.settings["batch_size"])]
-        observations, actions, rewards, following = batch
+        observations, actions, rewards, following = self.buffer.sample(self.job.settings["batch_size"])
+        observations, following = self._seen(observations), self._seen(following)
+        actions, rewards = actions.to(self.device), rewards.to(self.device)
         temperatures = self.temperatures.detach().exp().repeat_interleave(self.job.settings["batch_size"])
         noise = torch.randn(2, len(actions), ACTIONS, device=self.device)
         with torch.no_grad():
@@ -225,10 +245,12 @@ class SoftActorCritic(Training):
         (-self.temperatures.exp() * torch.stack(list(surprise.values()))).sum().backward()  # type: ignore[no-untyped-call]
         self.warmth.step()
         with torch.no_grad():
-            pairs = list(self.targets.parameters()), list(self.critics.parameters())
-            torch._foreach_lerp_(*pairs, self.job.settings["tau"])
+            slow, fast = (list(network.parameters()) for network in (self.targets, self.critics))
+            torch._foreach_lerp_(slow, fast, self.job.settings["tau"])  # type: ignore[arg-type]
 
-    def _step(self, which: int, losses: Callable[[tuple[str, ...]], dict[str, Tensor]], log: Log, probing: bool) -> None:
+    def _step(
+        self, which: int, losses: Callable[[tuple[str, ...]], dict[str, Tensor]], log: Log, probing: bool
+    ) -> None:
         optimizer = self.optimizers[which]
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         closure = self.closure(losses, log, trained if probing else None)
@@ -252,6 +274,8 @@ class SoftActorCritic(Training):
         for episode in range(-random, episodes):
             successful = np.zeros(len(self.tasks), dtype=bool)
             ready = episode >= 0
+            if random and episode == 0:
+                self.mean, self.deviation = self.buffer.moments()
             for step in range(horizon):
                 if ready:
                     actions = self._explore(observations)
@@ -284,16 +308,31 @@ class SoftActorCritic(Training):
             for k, task in enumerate(self.tasks)
         }
 
+    def finish(self, directory: Path) -> None:
+        """A sheet of pictures of the first seed's policy, where the machine can render any."""
+        frames = self.job.settings["frames"]
+        if not frames or self.job.seed or self.job.task or self.job.trial is not None:
+            return
+        try:
+            films = [film(self._evaluated(k), task, frames) for k, task in enumerate(self.tasks)]
+        except Exception as error:
+            (directory / "film.txt").write_text(f"no pictures: {describe(error)}\n")
+            return
+        sheet(films, self.tasks, directory / FILM)
+
 
 def check(specs: Sequence[Spec]) -> None:
     """Raise where a method does not apply.
 
     Raises:
-        ValueError: a method gives every task norms of its own, and these networks have none.
+        ValueError: a method gives every task norms of its own, or looks at a second batch.
     """
     for spec in specs:
-        if "model" in method_class(spec.method).needs:
+        wanted = method_class(spec.method)
+        if "model" in wanted.needs:
             raise ValueError(
                 f"{spec.method} gives every task norms of its own, and the networks of this problem have none. "
                 "Leave it out, or compare it on mt10-bc."
             )
+        if issubclass(wanted, AutoLambda):
+            raise ValueError(f"{spec.method} looks at a second batch, which this training does not draw. Leave it out.")
