@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # two threads under contention are many times slower than one
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-long lint bench bench-agreement bench-solvers bench-steps bench-memory bench-distributed bench-driver bench-disjoint clean
+.PHONY: demo test test-long lint bench bench-agreement bench-solvers bench-steps bench-memory bench-distributed bench-driver bench-disjoint bench-sac clean
 
 demo: .venv/compare
 	$(BIN)/detente compare digits --out runs/demo
@@ -73,6 +73,10 @@ bench-disjoint: .venv/compare
 	$(BIN)/python benchmarks/disjoint.py
 	MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000 \
 		$(BIN)/python benchmarks/disjoint.py --name disjoint-kept.md
+
+# needs no peer, but Meta-World
+bench-sac: .venv/dev
+	$(BIN)/python benchmarks/sac.py
 
 benchmarks/.venv/ready: benchmarks/constraints.txt
 	$(PYTHON) -m venv benchmarks/.venv

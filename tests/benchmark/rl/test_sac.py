@@ -98,6 +98,34 @@ def test_an_update_with_equal_weights_is_that_of_the_textbook():
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)  # Adam's first step divides by the gradient
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.95])
+def test_the_actors_losses_are_positive(gamma, monkeypatch):
+    """Some methods take logarithms of losses; a value is at most the discounted sum of the greatest reward, 10."""
+    made = agent(gamma=gamma)
+    with torch.no_grad():
+        for p in made.critics.parameters():
+            p.zero_()
+        for critic in made.critics:
+            for head in critic.outputs:
+                head.bias.fill_(10 / (1 - gamma))
+    values: list[float] = []
+    original = made._step
+
+    def noted(which: int, losses: Any, *rest: Any) -> None:
+        values.extend(float(loss.detach()) for loss in losses(made.tasks).values() if which == 0)
+        original(which, losses, *rest)
+
+    monkeypatch.setattr(made, "_step", noted)
+    update(made)
+    assert len(values) == 2
+    assert min(values) > 0
+
+
+def test_a_discount_of_one_is_refused():
+    with pytest.raises(ValueError, match="gamma must be below 1"):
+        SoftActorCritic(job(gamma=1.0))
+
+
 def test_targets_follow_slowly():
     made = agent()
     before, critics = copy.deepcopy(made.targets), made.critics

@@ -18,7 +18,7 @@ from detente.method import Range
 __all__ = ["check", "methods", "ranges", "report", "selection", "settings", "summary", "tasks", "training"]
 
 tasks: dict[str, dict[str, str]] = {task: {"success": "max"} for task in MT10}
-settings: dict[str, Any] = {**SETTINGS, "epochs": 100, "episodes": 10, "goals": 30, "seeds": 3}
+settings: dict[str, Any] = {**SETTINGS, "epochs": 100, "episodes": 10, "seeds": 3}
 presets: dict[str, dict[str, Any]] = {
     "liu2021cagrad": {
         "hidden": 400,

@@ -1,8 +1,8 @@
 """MT4, a small part of MT10, by multi-task soft actor-critic: four tasks that are learned within minutes.
 
-Three goals per task, episodes of 150 steps, two layers of 128 units: about eight thousand steps of all environments,
-two to three minutes on one core. Success is measured on goals that were not trained on. Needs the extra ``metaworld``.
-Connection strength needs norms, which these networks do not have.
+Episodes of 150 steps and two layers of 128 units: fifteen thousand steps of all environments, about four minutes on one
+core. Rewards are discounted by .95 a step, for these tasks take some fifty. Success is measured on goals that were not
+trained on. Needs the extra ``metaworld``. Connection strength needs norms, which these networks do not have.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ __all__ = ["check", "methods", "ranges", "report", "selection", "settings", "sum
 tasks: dict[str, dict[str, str]] = {task: {"success": "max"} for task in MT4}
 settings: dict[str, Any] = {
     **SETTINGS,
+    "epochs": 24,
+    "gamma": 0.95,
     "evaluation_horizon": 150,
-    "evaluated": 3,
     "seeds": 3,
 }
 methods = "cagrad,pcgrad,wpcgrad,cdtt"

@@ -41,7 +41,7 @@ SETTINGS: dict[str, Any] = {
     "episodes": 4,  # per task and epoch
     "horizon": 150,  # steps of a training episode
     "evaluation_horizon": HORIZON,  # steps after which an episode of an evaluation has failed
-    "goals": 3,  # training goals per task
+    "goals": 30,  # training goals per task
     "warm_up": 3,  # further episodes, of random actions, before the first update
     "updates": 1,  # per step of all environments
     "batch_size": 64,  # transitions per task
@@ -56,6 +56,7 @@ SETTINGS: dict[str, Any] = {
     "evaluated": 5,  # episodes per task of an evaluation
     "frames": 6,  # per task, of the pictures of the first seed's last policy; 0 for none
 }
+REWARD = 10.0  # the greatest of a step
 BOUNDS = -20.0, 2.0  # of the logarithm of the policy's standard deviation
 
 
@@ -91,6 +92,11 @@ class SoftActorCritic(Training):
     def __init__(self, job: Job) -> None:
         super().__init__(job)
         settings = job.settings
+        if not settings["gamma"] < 1:
+            raise ValueError(f"gamma must be below 1; got {settings['gamma']}.")
+        # no value is greater, nor any density's logarithm below -3: with it the actor's losses are what is missing to
+        # the best, and positive, as some methods need them; gradients do not see it
+        self.most = REWARD / (1 - settings["gamma"]) + 10
         seed(job.seed)
         count = len(self.tasks)
         self.counts = dict.fromkeys(self.tasks, settings["batch_size"])
@@ -232,7 +238,7 @@ class SoftActorCritic(Training):
             chosen, density = self._act(observations, noise[1])
             densities.append(density.detach())
             both = [critic(torch.cat([observations, chosen], 1)).squeeze(1) for critic in self.critics]
-            found = self._parts(temperatures * density - torch.minimum(*both))
+            found = self._parts(temperatures * density - torch.minimum(*both) + self.most)
             return {task: found[task] for task in tasks}
 
         log.step()
