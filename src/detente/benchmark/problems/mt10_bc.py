@@ -25,7 +25,7 @@ __all__ = [
 tasks: dict[str, dict[str, str]] = {task: {"success": "max"} for task in MT10}
 settings: dict[str, Any] = {
     "epochs": 2,
-    "steps": 750,
+    "steps": 600,
     "batch_size": 64,
     "lr": 1e-3,
     "hidden": 256,
