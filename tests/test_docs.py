@@ -16,6 +16,7 @@ EXPECTED = {
     "README.md": 2,
     "docs/architectures.md": 6,
     "docs/frameworks.md": 3,
+    "docs/reinforcement.md": 1,
     "docs/speed.md": 2,
 }  # at least so many blocks
 BLOCKS = [
