@@ -44,10 +44,10 @@ class Log:
             if task in losses and not self.counts[-1][t]:
                 self.losses[-1][t], self.counts[-1][t] = float(losses[task].detach()), counts[task]
 
-    def update(self, update: Update) -> None:
-        """Note what a step's method answered."""
+    def update(self, update: Update, share: float = 1.0) -> None:
+        """Note what a step's method answered, or one of several in a step, with its ``share`` in the weights."""
         for task, weight in update.weights.items():
-            self.weights[task] += weight.double().mean()
+            self.weights[task] += share * weight.double().mean()
         self.unsolved += int(update.stats.get("unsolved", 0))
 
     def row(self, epoch: int) -> dict[str, Any]:

@@ -183,6 +183,8 @@ class Problem:
                 raise ValueError(f"problem {self.name!r} has no setting {key!r}; it has {', '.join(settings)}.")
             settings[key] = setting(key, value, like=settings[key])
         settings.pop("seeds", None)
+        if settings.get("precision", "float32") != "float32" and not self.supervised:
+            raise ValueError(f"problem {self.name!r} trains in float32 alone; leave out precision.")
         protocol = settings.get("protocol")
         if protocol != "val-selected" and protocol is not None:
             if self.target:

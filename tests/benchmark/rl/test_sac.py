@@ -186,6 +186,18 @@ def test_methods_that_need_norms_or_a_second_batch_are_refused(tmp_path):
         assert not (tmp_path / method).exists()
 
 
+def test_only_float32_is_trained():
+    with pytest.raises(ValueError, match="trains in float32 alone"):
+        load_problem(str(TINY)).settle({"precision": "bfloat16"})
+
+
+def test_weights_are_the_mean_of_actor_and_critics(monkeypatch):
+    made = agent("gd(weights={'drawer-close': 0.5, 'reach': 1.5})")
+    row = update(made).row(1)
+    assert row["weights"] == pytest.approx({"drawer-close": 0.5, "reach": 1.5})
+    assert row["steps"] == 1
+
+
 def test_several_processes_are_refused(tmp_path):
     outcome = run("compare", TINY, "--launch", "torchrun", "--nproc-per-node", "2", "--out", tmp_path / "out")
     assert outcome.code == 2

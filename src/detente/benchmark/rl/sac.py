@@ -261,7 +261,8 @@ class SoftActorCritic(Training):
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         closure = self.closure(losses, log, trained if probing else None)
         method, source = self.methods[which], self.sources[which]
-        log.update(detente.step(closure, optimizer, method, shared=self.shared[which], source=source))
+        update = detente.step(closure, optimizer, method, shared=self.shared[which], source=source)
+        log.update(update, share=1 / len(self.methods))
 
     # -- an epoch
 
@@ -316,6 +317,7 @@ class SoftActorCritic(Training):
 
     def finish(self, directory: Path) -> None:
         """A sheet of pictures of the first seed's policy, where the machine can render any."""
+        self.environments.close()
         frames = self.job.settings["frames"]
         if not frames or self.job.seed or self.job.task or self.job.trial is not None:
             return
