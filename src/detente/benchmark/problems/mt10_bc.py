@@ -25,7 +25,7 @@ __all__ = [
 tasks: dict[str, dict[str, str]] = {task: {"success": "max"} for task in MT10}
 settings: dict[str, Any] = {
     "epochs": 2,
-    "steps": 600,
+    "steps": 500,
     "batch_size": 64,
     "lr": 1e-3,
     "hidden": 256,
@@ -34,7 +34,7 @@ settings: dict[str, Any] = {
     "demos": 12,
     "noise": 0.1,
     "episodes": 5,
-    "horizon": 300,
+    "horizon": 200,
     "seeds": 3,
 }
 selection = "mean"
