@@ -41,16 +41,14 @@ def moved(value: Any, device: torch.device, dtype: torch.dtype | None = None) ->
 
 
 class Elsewhere(nn.Module):
-    """A model on a device or in float64, for callers that know nothing of it, as ``metrics``: their inputs are moved
-    there, its outputs come back to the CPU.
-    """
+    """A model on a device, for callers that bring their inputs and take its outputs on the CPU, as ``metrics`` does."""
 
-    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
         super().__init__()
-        self.model, self.device, self.dtype = model, device, dtype
+        self.model, self.device = model, device
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        outputs = self.model(*moved(inputs, self.device, self.dtype), **moved(named, self.device, self.dtype))
+        outputs = self.model(*moved(inputs, self.device), **moved(named, self.device))
         return moved(outputs, torch.device("cpu"))
 
 

@@ -70,11 +70,10 @@ def _evaluate(
     tasks: tuple[str, ...],
     per_task: bool,
     device: torch.device,
-    dtype: torch.dtype | None,
 ) -> dict[str, dict[str, float]]:
     was_training = model.training
     model.eval()
-    used = model if device.type == "cpu" and dtype is None else Elsewhere(model, device, dtype).eval()
+    used = model if device.type == "cpu" else Elsewhere(model, device).eval()
     try:
         with torch.no_grad():
             if not per_task:
@@ -102,6 +101,8 @@ class Supervised(Training):
         if self.per_task:
             convert_task_norm(self.model, self.tasks)
         self.model.to(self.device, self.dtype)
+        if self.dtype is not None:  # inputs that are made of a batch, or brought by metrics
+            self.model.register_forward_pre_hook(self._cast, with_kwargs=True)
         self.division.join(self.model)
         self.method = self.spec.build(self.model, job.settings["epochs"], job.seed)
         self.optimizer = self.problem.make_optimizer(self.model, job.settings)
@@ -150,6 +151,9 @@ class Supervised(Training):
         if self.job.settings["precision"] != "bfloat16":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
+
+    def _cast(self, _: nn.Module, inputs: Any, named: Any) -> Any:
+        return self._moved(inputs), self._moved(named)
 
     def _labelled(self, batch: Any) -> bool:
         """Whether a batch has samples of any of the tasks, on any process; a single task may have none."""
@@ -202,9 +206,7 @@ class Supervised(Training):
 
     def figures(self, split: str) -> dict[str, dict[str, float]]:
         return self.division.agreed(
-            lambda: _evaluate(
-                self.problem, self.model, self.data[split], self.tasks, self.per_task, self.device, self.dtype
-            )
+            lambda: _evaluate(self.problem, self.model, self.data[split], self.tasks, self.per_task, self.device)
         )
 
     def end_epoch(self, found: float) -> None:

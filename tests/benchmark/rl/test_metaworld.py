@@ -10,7 +10,7 @@ import pytest
 
 from detente.benchmark.problem import load_problem
 from detente.benchmark.rl import metaworld
-from detente.benchmark.rl.metaworld import MT4, MT10, MT50, demonstrate, success, training
+from detente.benchmark.rl.metaworld import MT4, MT10, MT50, demonstrate, environments, success
 
 official = pytest.importorskip("metaworld", reason='needs pip install "detente[metaworld]"')
 
@@ -68,10 +68,10 @@ def test_an_expert_that_fails_is_told(monkeypatch):
 
 
 def test_training_episodes_have_their_length_and_goals_in_turn():
-    envs = training(["reach", "drawer-close"], horizon=5, goals=2)
+    envs = environments(["reach", "drawer-close"], horizon=5)
     first = []
     for begin in (0, 1, 2):
-        envs.call("begin", begin)
+        envs.call("begin", "train", begin, 2)
         first.append(envs.reset()[0][0, 36:])
     assert np.array_equal(first[0], first[2])
     assert not np.array_equal(first[0], first[1])

@@ -44,6 +44,7 @@ settings: dict[str, Any] = {
 presets: dict[str, dict[str, Any]] = {
     "liu2023famo": {"epochs": 15, "batch_size": 256, "lr": 3e-4, "protocol": "val-selected"}
 }
+selection = "mean"  # a rare attribute may have an F1 of 0, whose logarithm would outweigh all others
 COLUMN = {attribute: k for k, attribute in enumerate(ATTRIBUTES)}
 
 

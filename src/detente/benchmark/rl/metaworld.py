@@ -28,9 +28,9 @@ __all__ = [
     "OBSERVATIONS",
     "Policy",
     "demonstrate",
+    "environments",
     "film",
     "success",
-    "training",
 ]
 
 OBSERVATIONS = 39
@@ -78,20 +78,19 @@ def _goals(task: str) -> Sequence[Any]:
     return goals
 
 
-def _environment(task: str, goals: Sequence[Any], horizon: int, **rendering: Any) -> Any:
-    """One environment, whose every reset sets the next of the goals."""
+def _environment(task: str, horizon: int, **rendering: Any) -> Any:
+    """One environment, whose every reset sets the next goal."""
     import gymnasium
 
     class Goals(gymnasium.Wrapper):  # type: ignore[misc, type-arg, unused-ignore]
-        """Sets the goals in turn."""
+        """Sets the goals of a split, or its first ``count``, in turn."""
 
-        position = 0
-
-        def begin(self, position: int = 0) -> None:
-            self.position = position
+        def begin(self, split: str, position: int = 0, count: int | None = None) -> None:
+            self.goals, self.position = _goals(task)[GOALS[split]][:count], position
 
         def reset(self, **options: Any) -> Any:
-            self.unwrapped.set_task(goals[self.position % len(goals)])  # type: ignore[attr-defined, unused-ignore]
+            goal = self.goals[self.position % len(self.goals)]
+            self.unwrapped.set_task(goal)  # type: ignore[attr-defined, unused-ignore]
             self.position += 1
             return self.env.reset(**options)
 
@@ -102,24 +101,21 @@ def _environment(task: str, goals: Sequence[Any], horizon: int, **rendering: Any
     return gymnasium.wrappers.RecordEpisodeStatistics(Goals(env))
 
 
-def _vector(tasks: Sequence[str], split: str, horizon: int, goals: int | None = None) -> SyncVectorEnv:
+def environments(tasks: Sequence[str], horizon: int) -> SyncVectorEnv:
+    """One environment per task: an episode ends after ``horizon`` steps, successful or not.
+
+    Every reset sets the next goal of a split; ``call("begin", split, k, count)`` says that it is the k-th of the first
+    ``count``.
+    """
     from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-    makers = [partial(_environment, task, _goals(task)[GOALS[split]][:goals], horizon) for task in tasks]
+    makers = [partial(_environment, task, horizon) for task in tasks]
     return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
 
 
-def training(tasks: Sequence[str], horizon: int, goals: int) -> SyncVectorEnv:
-    """One environment per task, for training: an episode ends after ``horizon`` steps, successful or not.
-
-    Every reset sets the next of the first ``goals`` training goals; ``call("begin", k)`` goes on with the k-th.
-    """
-    return _vector(tasks, "train", horizon, goals)
-
-
-@lru_cache(maxsize=128)
-def _evaluated(task: str, split: str, horizon: int) -> SyncVectorEnv:
-    return _vector([task], split, horizon)
+@lru_cache(maxsize=64)
+def _evaluated(task: str, horizon: int) -> SyncVectorEnv:
+    return environments([task], horizon)
 
 
 class _Agent:
@@ -134,8 +130,8 @@ class _Agent:
 
 def success(policy: Policy, task: str, split: str, episodes: int, horizon: int = HORIZON) -> float:
     """Share of successful episodes, by Meta-World's own evaluation; always of the same goals in the same order."""
-    envs = _evaluated(task, split, horizon)
-    envs.call("begin")
+    envs = _evaluated(task, horizon)
+    envs.call("begin", split)
     rate, *_ = _metaworld().evaluation.evaluation(_Agent(policy), envs, num_episodes=episodes)
     return float(rate)
 
@@ -148,11 +144,11 @@ def film(policy: Policy, task: str, frames: int, horizon: int = HORIZON, size: i
     """
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")
-    goals = _goals(task)[GOALS["test"]][:1]
-    env = _environment(task, goals, horizon, render_mode="rgb_array", camera_name="corner2", width=size, height=size)
+    env = _environment(task, horizon, render_mode="rgb_array", camera_name="corner2", width=size, height=size)
     try:
 
         def play(shown: Sequence[int]) -> tuple[int, list[NDArray[np.uint8]]]:
+            env.get_wrapper_attr("begin")("test")
             observation, _ = env.reset()
             pictures = [env.render()] if 0 in shown else []
             for step in range(1, horizon + 1):
@@ -187,13 +183,13 @@ def demonstrate(
         RuntimeError: the expert fails on most goals.
     """
     expert = _metaworld().policies.ENV_POLICY_MAP[f"{task}-v3"]()
-    goals = _goals(task)[GOALS["train"]]
-    env = _environment(task, goals, horizon)
+    env = _environment(task, horizon)
+    env.get_wrapper_attr("begin")("train")
     random = np.random.default_rng(seed)
     seen: list[Array] = []
     done: list[Array] = []
     found = 0
-    for _ in range(2 * max(episodes, len(goals))):
+    for _ in range(2 * episodes + 30):
         observation, _ = env.reset()
         path: list[tuple[Array, Array]] = []
         for _ in range(horizon):

@@ -26,7 +26,7 @@ from detente.benchmark.files import describe
 from detente.benchmark.job import Job
 from detente.benchmark.log import Log
 from detente.benchmark.randomness import seed
-from detente.benchmark.rl.metaworld import ACTIONS, HORIZON, OBSERVATIONS, Array, film, success, training
+from detente.benchmark.rl.metaworld import ACTIONS, HORIZON, OBSERVATIONS, Array, environments, film, success
 from detente.benchmark.rl.rates import FILM, sheet
 from detente.benchmark.rl.replay import Replay
 from detente.benchmark.specs import Spec
@@ -268,15 +268,14 @@ class SoftActorCritic(Training):
 
     def warm_up(self) -> None:
         """Building the environments is the larger part of it."""
-        settings = self.job.settings
-        self.environments = training(self.tasks, settings["horizon"], settings["goals"])
+        self.environments = environments(self.tasks, self.job.settings["horizon"])
 
     def train_epoch(self, log: Log, progress: Callable[[float], None]) -> None:
         settings = self.job.settings
         horizon, episodes = settings["horizon"], settings["episodes"]
         solved = np.zeros(len(self.tasks))
         random = 0 if self.epoch else settings["warm_up"]
-        self.environments.call("begin", self.epoch * episodes)
+        self.environments.call("begin", "train", self.epoch * episodes, settings["goals"])
         observations, _ = self.environments.reset()  # every episode of the epoch but the first begins by itself
         for episode in range(-random, episodes):
             successful = np.zeros(len(self.tasks), dtype=bool)
