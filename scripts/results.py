@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
 
 from detente.benchmark import tables
+from detente.benchmark.problem import load_problem
 from detente.benchmark.protocol import PROTOCOLS
 from detente.benchmark.results import Row, differences, load_comparison, verdict
 
@@ -49,6 +51,14 @@ def page(directory: Path, remark: str) -> str:
         lines += ["", f"## Tuning: {config['tuning']['trials']} trials each", ""]
         lines += ["| run | defaults | best | chosen |", "|---|---:|---:|---|"]
         lines += [f"| {' | '.join(row)} |" for row in tables.tuning_rows(config["tuning"])]
+    problem = load_problem(config["source"]).module
+    if hasattr(problem, "summary"):
+        for table in problem.summary([json.loads(job.path.read_text()) for job in comparison.jobs]):
+            columns = [list(column.cells) for column in table.columns]
+            lines += ["", f"## {str(table.title).capitalize()}", ""]
+            lines += [f"| {' | '.join(str(column.header) for column in table.columns)} |"]
+            lines += ["|---|" + "---:|" * (len(columns) - 1)]
+            lines += [f"| {' | '.join(map(str, row))} |" for row in zip(*columns, strict=True)]
     lines += ["", "## Cost", "", tables.markdown(tables.cost_grid(comparison))]
     environment = ", ".join(f"{key} {value}" for key, value in config["environment"].items())
     settings = ", ".join(f"{key} {value}" for key, value in config["settings"].items())

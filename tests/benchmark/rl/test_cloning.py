@@ -13,7 +13,8 @@ from detente.benchmark.rl.cloning import Cloned, Demonstrations, losses
 
 def test_a_batch_has_a_sample_of_every_task():
     parts = [(torch.full((n, 39), float(t)).cumsum(0), torch.full((n, 4), 10.0 * t)) for t, n in ((1, 5), (2, 7))]
-    data = Demonstrations(parts, 100)
+    where = {"episodes": 1, "horizon": 10, "mean": torch.zeros(39), "deviation": torch.ones(39)}
+    data = Demonstrations(parts, 100, **where)
     assert len(data) == 100
     observations, actions = data.__getitems__([0, 6, 99])
     assert observations.shape == (3, 2, 39)
@@ -55,10 +56,10 @@ def losses(model, batch, tasks):
 """
     )
     out = tmp_path / "out"
-    outcome = run("compare", problem, "--methods", "connection_strength,cagrad", "--seeds", "1", "--out", out)
+    outcome = run("compare", problem, "--methods", "connection_strength,cagrad,dtp", "--seeds", "1", "--out", out)
     assert outcome.code == 0, outcome.text
     assert "success over all tasks" in outcome.out
-    for label in ("gd", "cagrad", "connection_strength"):
+    for label in ("gd", "cagrad", "connection_strength", "dtp"):
         result = json.loads((out / f"runs/{label}/seed-0/result.json").read_text())
         assert result["metrics"]["drawer-close"]["success"] == 1.0
         assert result["history"][0]["loss"]["reach"] < 1.0

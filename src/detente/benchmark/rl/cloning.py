@@ -24,15 +24,35 @@ __all__ = ["Cloned", "Demonstrations", "Episodes", "collate", "losses", "make_da
 Batch = tuple[Tensor, Tensor]
 
 
-class Demonstrations(Dataset[Batch]):
+class Episodes(Dataset[Any]):
+    """A split to evaluate on: goals, and how the policy's observations are scaled.
+
+    Args:
+        split: ``train``, ``val`` or ``test``.
+        episodes: per task.
+        horizon: steps after which an episode has failed.
+        mean, deviation: of the training observations, [39] each.
+    """
+
+    def __init__(self, split: str, episodes: int, horizon: int, mean: Tensor, deviation: Tensor) -> None:
+        self.split, self.episodes, self.horizon = split, episodes, horizon
+        self.mean, self.deviation = mean, deviation
+
+    def __len__(self) -> int:
+        return self.episodes
+
+
+class Demonstrations(Episodes):
     """Observations and actions of every task; item k of one is the k-th of every task, over and over.
 
     Args:
         parts: observations [N_t, 39] and actions [N_t, 4], task by task; the N_t differ.
         length: number of items.
+        evaluated: the rest of :class:`Episodes`, for methods that follow the success on the training goals.
     """
 
-    def __init__(self, parts: Sequence[tuple[Tensor, Tensor]], length: int) -> None:
+    def __init__(self, parts: Sequence[tuple[Tensor, Tensor]], length: int, **evaluated: Any) -> None:
+        super().__init__("train", **evaluated)
         self.parts = parts
         self.length = length
 
@@ -45,24 +65,6 @@ class Demonstrations(Dataset[Batch]):
         rows = [index % len(observations) for observations, _ in self.parts]
         columns = [(seen[k], done[k]) for (seen, done), k in zip(self.parts, rows, strict=True)]
         return torch.stack([seen for seen, _ in columns], 1), torch.stack([done for _, done in columns], 1)
-
-
-class Episodes(Dataset[Any]):
-    """A split to evaluate on: goals, and how the policy's observations are scaled.
-
-    Args:
-        split: ``val`` or ``test``.
-        episodes: per task.
-        horizon: steps after which an episode has failed.
-        mean, deviation: of the training observations, [39] each.
-    """
-
-    def __init__(self, split: str, episodes: int, horizon: int, mean: Tensor, deviation: Tensor) -> None:
-        self.split, self.episodes, self.horizon = split, episodes, horizon
-        self.mean, self.deviation = mean, deviation
-
-    def __len__(self) -> int:
-        return self.episodes
 
 
 class Cloned(nn.Module):
@@ -98,8 +100,9 @@ def make_data(
     # dimensions that never change stay at 0
     mean, deviation = everything.mean(0), everything.std(0).clamp_min(1e-3)
     parts = [((s - mean) / deviation, d) for s, d in zip(seen, done, strict=True)]
-    evaluated = {split: Episodes(split, episodes, horizon, mean, deviation) for split in ("val", "test")}
-    return {"train": Demonstrations(parts, steps * batch_size), **evaluated}
+    where: dict[str, Any] = {"episodes": episodes, "horizon": horizon, "mean": mean, "deviation": deviation}
+    evaluated = {split: Episodes(split, **where) for split in ("val", "test")}
+    return {"train": Demonstrations(parts, steps * batch_size, **where), **evaluated}
 
 
 def make_model(tasks: Sequence[str], hidden: int, width: float, dropout: float) -> nn.Module:
