@@ -57,7 +57,8 @@ def test_baselines_of_one_seed_are_one_run_and_diverged_ones_have_failed():
 
 
 def test_pictures_are_drawn_and_shown_by_their_caption(tmp_path: Path):
-    given = [result(label, seed, {"a": 0.5, "b": 0.5}) for label in ("gd", "cagrad") for seed in (0, 1)]
+    labels = ["gd", "cagrad", *(f"method {k}" for k in range(9))]
+    given = [result(label, seed, {"a": 0.5, "b": 0.5}) for label in labels for seed in (0, 1)]
     run = tmp_path / "runs/cagrad/seed-0"
     run.mkdir(parents=True)
     frames = [np.full((3, 40, 40, 3), shade, dtype=np.uint8) for shade in (20, 200)]
@@ -70,6 +71,7 @@ def test_pictures_are_drawn_and_shown_by_their_caption(tmp_path: Path):
     report(given, tmp_path)
     names = sorted(path.name for path in (tmp_path / "figures").iterdir())
     assert names == [
+        "Interquartile mean of the success over runs and tasks, with 95% bootstrap intervals.svg",
         "Success on the validation goals over training; shaded, the range of the seeds.svg",
         "cagrad, seed 0: a test episode of each task, up to its success.png",
     ]
