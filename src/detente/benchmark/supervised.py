@@ -87,6 +87,10 @@ def _evaluate(
         model.train(was_training)
 
 
+def _cast(device: torch.device, dtype: torch.dtype, _: nn.Module, inputs: Any, named: Any) -> Any:
+    return moved(inputs, device, dtype), moved(named, device, dtype)
+
+
 class Supervised(Training):
     """A training on a data set."""
 
@@ -102,7 +106,7 @@ class Supervised(Training):
             convert_task_norm(self.model, self.tasks)
         self.model.to(self.device, self.dtype)
         if self.dtype is not None:  # inputs that are made of a batch, or brought by metrics
-            self.model.register_forward_pre_hook(self._cast, with_kwargs=True)
+            self.model.register_forward_pre_hook(partial(_cast, self.device, self.dtype), with_kwargs=True)
         self.division.join(self.model)
         self.method = self.spec.build(self.model, job.settings["epochs"], job.seed)
         self.optimizer = self.problem.make_optimizer(self.model, job.settings)
@@ -151,9 +155,6 @@ class Supervised(Training):
         if self.job.settings["precision"] != "bfloat16":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
-
-    def _cast(self, _: nn.Module, inputs: Any, named: Any) -> Any:
-        return self._moved(inputs), self._moved(named)
 
     def _labelled(self, batch: Any) -> bool:
         """Whether a batch has samples of any of the tasks, on any process; a single task may have none."""
