@@ -14,7 +14,7 @@ from benchmark.command import run, started, until
 from detente.benchmark.plan import Plan
 from detente.benchmark.problem import load_problem
 from detente.benchmark.specs import Spec, parse_methods
-from detente.benchmark.tune import SEED, spaces
+from detente.benchmark.tune import AT_RANDOM, SEED, spaces
 from detente.method import Choice, Range, list_methods, method_class, registry
 
 TINY = Path(__file__).with_name("tiny_problem.py")
@@ -46,6 +46,16 @@ def test_every_method_and_baseline_has_the_same_budget_and_it_is_kept_with_the_r
     config = json.loads((original / "comparison.json").read_text())
     assert config["trials"] == 7
     assert config["tuning"] == content
+
+
+def test_trials_at_random_have_the_same_settings_for_everyone(original):
+    """So that no method is better for a learning rate that the others never tried."""
+    runs = tuning(original)["runs"].values()
+    tried = [[(t["parameters"]["lr"], t["parameters"]["weight_decay"]) for t in run["trials"][1:]] for run in runs]
+    shared, last = [run[:AT_RANDOM] for run in tried], [run[AT_RANDOM:] for run in tried]
+    assert all(draws == shared[0] for draws in shared)
+    assert len(set(shared[0])) == AT_RANDOM
+    assert len({tuple(draws) for draws in last}) == len(last)  # each goes on from what it found
 
 
 def test_the_first_trial_has_the_defaults_and_the_best_validation_score_is_chosen(original):

@@ -82,7 +82,7 @@ def tune(plan: Plan, root: Path, run: Run) -> dict[str, Any]:
     content = {
         "trials": plan.trials,
         "seed": SEED,
-        "sampler": f"defaults, {AT_RANDOM} at random, then TPE (Optuna {studies.version})",
+        "sampler": f"defaults, {AT_RANDOM} at random with settings alike for all, then TPE (Optuna {studies.version})",
         "ranges": {name: {key: str(where) for key, where in ranges.items()} for name, ranges in space.items()},
         "runs": {name: _outcome(name, jobs[name], trials) for name, trials in tried.items()},
     }
@@ -161,7 +161,9 @@ class _Studies:
                 study.tell(trial.number, score, state=state.FAIL if score is None else state.COMPLETE)
 
     def _study(self, name: str, k: int) -> Any:
-        seed = int.from_bytes(hashlib.sha256(f"{name} {k}".encode()).digest()[:4], "little")
+        # in the random rounds the settings, which come first, are drawn alike for everyone, so that luck is shared
+        drawn = f"{k}" if k <= AT_RANDOM else f"{name} {k}"
+        seed = int.from_bytes(hashlib.sha256(drawn.encode()).digest()[:4], "little")
         sampler = self.optuna.samplers.TPESampler(seed=seed, n_startup_trials=AT_RANDOM)
         return self.optuna.create_study(
             storage=self.storage, sampler=sampler, study_name=name, direction="maximize", load_if_exists=True
