@@ -22,7 +22,7 @@ from detente.benchmark.problem import load_problem
 from detente.benchmark.rl.sac import SoftActorCritic
 
 RESULTS = Path(__file__).parent / "results"
-CASES = {  # method and sampled tasks, and the seconds of CAGrad's table 4 on its own machine
+CASES = {  # method and sampled tasks, and the seconds that CAGrad's paper reports
     "SAC, summed losses": ("gd", 0, ""),
     "PCGrad": ("pcgrad", 0, "9.7"),
     "CAGrad": ("cagrad", 0, "10.3"),

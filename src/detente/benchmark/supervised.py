@@ -17,9 +17,9 @@ from detente.benchmark.device import Elsewhere, clock, moved
 from detente.benchmark.division import Division
 from detente.benchmark.job import Job
 from detente.benchmark.log import Log
-from detente.benchmark.problem import Problem, load_problem
+from detente.benchmark.problem import Problem
 from detente.benchmark.randomness import random_state, seed, set_random_state
-from detente.benchmark.training import Training
+from detente.benchmark.training import Training, loaded_problem
 from detente.method import Method
 from detente.methods import AutoLambda
 from detente.nn import active_task, convert_task_norm
@@ -31,7 +31,7 @@ __all__ = ["Supervised"]
 # kept for the worker's next job
 @lru_cache(maxsize=2)
 def _data(source: str, directory: str | None, settings: tuple[tuple[str, Any], ...]) -> dict[str, Dataset[Any]]:
-    return load_problem(source).make_data(dict(settings), None if directory is None else Path(directory))
+    return loaded_problem(source).make_data(dict(settings), None if directory is None else Path(directory))
 
 
 class _Parts(Sampler[Sequence[int]]):

@@ -36,13 +36,13 @@ from detente.method import Method, method_class
 from detente.methods import DTP
 from detente.step import Closure
 
-__all__ = ["Training", "train", "unfinished", "work"]
+__all__ = ["Training", "loaded_problem", "train", "unfinished", "work"]
 
 EMA = 0.9
 """Decay per epoch of the mean weights that `fixed weights extracted from a method` take over."""
 
-# kept for the worker's next job
-_problem = lru_cache(maxsize=2)(load_problem)
+loaded_problem = lru_cache(maxsize=2)(load_problem)
+"""The problem of that source, kept for the worker's next job."""
 
 
 class Training(ABC):
@@ -61,7 +61,7 @@ class Training(ABC):
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.problem = _problem(job.problem)
+        self.problem = loaded_problem(job.problem)
         self.tasks = tuple(self.problem.tasks) if job.task is None else (job.task,)
         self.device = torch.device(job.device)
         self.division = Division()
@@ -316,7 +316,7 @@ def train(job: Job, root: Path, progress: Progress) -> None:
     directory = job.directory(root)
     directory.mkdir(parents=True, exist_ok=True)
     checkpoint = directory / "checkpoint.pt"
-    training = _problem(job.problem).training(fixed_weights(job, root))
+    training = loaded_problem(job.problem).training(fixed_weights(job, root))
     division = training.division
     if division.agreed(checkpoint.exists):
         training.load(checkpoint)

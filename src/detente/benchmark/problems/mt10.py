@@ -15,7 +15,9 @@ from detente.benchmark.rl.rates import report, summary
 from detente.benchmark.rl.sac import SETTINGS, SoftActorCritic, check
 from detente.method import Range
 
-__all__ = ["check", "methods", "ranges", "report", "selection", "settings", "summary", "tasks", "training"]
+__all__ = [
+    "check", "methods", "presets", "ranges", "report", "selection", "settings", "summary", "tasks", "training",
+]  # fmt: skip
 
 tasks: dict[str, dict[str, str]] = {task: {"success": "max"} for task in MT10}
 settings: dict[str, Any] = {**SETTINGS, "epochs": 100, "episodes": 10, "seeds": 3}

@@ -5,14 +5,14 @@ As ``mt10_bc``, with all tasks: fifty losses, each from its own demonstrations. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from detente.benchmark.problems.mt10_bc import make_model, metrics, selection, settings
 from detente.benchmark.rl import cloning
-from detente.benchmark.rl.cloning import Batch, Episodes, collate
+from detente.benchmark.rl.cloning import Batch, collate
 from detente.benchmark.rl.metaworld import MT50
 from detente.benchmark.rl.rates import report, summary
 
@@ -21,21 +21,6 @@ __all__ = [
 ]  # fmt: skip
 
 tasks: dict[str, dict[str, str]] = {task: {"success": "max"} for task in MT50}
-settings: dict[str, Any] = {
-    "epochs": 2,
-    "steps": 500,
-    "batch_size": 64,
-    "lr": 1e-3,
-    "hidden": 256,
-    "width": 1.0,
-    "dropout": 0.0,
-    "demos": 12,
-    "noise": 0.1,
-    "episodes": 5,
-    "horizon": 200,
-    "seeds": 3,
-}
-selection = "mean"
 
 
 def make_data(
@@ -45,16 +30,6 @@ def make_data(
     return cloning.make_data(MT50, demos, noise, steps, batch_size, episodes, horizon)
 
 
-def make_model(tasks: tuple[str, ...], hidden: int, width: float = 1.0, dropout: float = 0.0) -> nn.Module:
-    """Two shared layers of ``hidden`` units times ``width``, and a head per task."""
-    return cloning.make_model(tasks, hidden, width, dropout)
-
-
 def losses(model: nn.Module, batch: Batch, tasks: tuple[str, ...]) -> dict[str, Tensor]:
     """Mean squared error of the actions of each task."""
     return cloning.losses(model, batch, tasks, MT50)
-
-
-def metrics(model: nn.Module, data: Episodes, tasks: tuple[str, ...]) -> Mapping[str, dict[str, float]]:
-    """Success rate, 0..1, of each task."""
-    return cloning.metrics(model, data, tasks)
