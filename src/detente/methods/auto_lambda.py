@@ -54,7 +54,7 @@ class AutoLambda(LossWeighting):
         >>> trunk, heads = torch.nn.Linear(3, 4), torch.nn.ModuleDict({t: torch.nn.Linear(4, 1) for t in "ab"})
         >>> optimizer = torch.optim.SGD([*trunk.parameters(), *heads.parameters()], lr=0.1)
         >>> def closure(tasks=None):
-        ...     h = trunk(torch.ones(2, 3)).relu()
+        ...     h = trunk(torch.ones(2, 3)).tanh()
         ...     return {t: (heads[t](h) - 1).square().mean() for t in tasks or "ab"}
         >>> update = detente.step(closure, optimizer, detente.AutoLambda(lr=0.01))
         >>> bool(update.weights["a"] > 0.1)  # following the losses lowers them
