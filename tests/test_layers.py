@@ -24,10 +24,11 @@ ARROWS: dict[str, set[str]] = {
     "losses": set(),
     "history": set(),
     "resolve": {"engine", "losses", "method", "gramian"},
-    "backward": {"engine", "losses", "method", "resolve"},
+    "watch": {"engine", "method"},
+    "backward": {"engine", "losses", "method", "resolve", "watch"},
     "aggregate": {"engine", "method", "resolve"},
-    "step": {"backward", "engine", "losses", "method"},
-    "__init__": {"aggregate", "backward", "engine.source", "history", "method", "methods", "nn", "step"},
+    "step": {"backward", "engine", "losses", "method", "watch"},
+    "__init__": {"aggregate", "backward", "diagnostics", "engine.source", "history", "method", "methods", "nn", "step"},
 }
 ABOVE = {"benchmark", "diagnostics", "integrations"}  # on top: they may import anything of the library
 LIBRARIES = {"torch", "numpy"} | sys.stdlib_module_names

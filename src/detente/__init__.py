@@ -5,9 +5,10 @@ One line instead of ``loss.backward()``::
     detente.backward({"depth": depth_loss, "segmentation": segmentation_loss}, detente.CAGrad(c=0.4))
 """
 
-from detente import methods, nn
+from detente import diagnostics, methods, nn
 from detente.aggregate import aggregate
 from detente.backward import backward
+from detente.diagnostics import Recorder
 from detente.engine.source import Disjoint, Every, Sampled
 from detente.history import History
 from detente.method import GramianMethod, LossWeighting, Method, Update, cite, get_method, list_methods
@@ -23,11 +24,13 @@ __all__ = [
     "History",
     "LossWeighting",
     "Method",
+    "Recorder",
     "Sampled",
     "Update",
     "aggregate",
     "backward",
     "cite",
+    "diagnostics",
     "get_method",
     "list_methods",
     "nn",

@@ -17,6 +17,7 @@ from detente.engine.source import Disjoint, Every, Sampled
 from detente.losses import Losses, named_losses
 from detente.method import GramianMethod, LossWeighting, Method, Update, one_of, require_method
 from detente.resolve import Step
+from detente.watch import Seen, watchers
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -229,6 +230,8 @@ def run(
                 f"{getattr(method, 'name', method)} compares several batches, which must bring the same tasks in the "
                 f"same order; got {list(named)} and {list(batch)}."
             )
+    for watcher in watchers():
+        watcher.losses(Seen(named, found, among, options.scale / (1 + len(micro))))
     step = Step(
         named=named,
         found=found,
@@ -258,6 +261,8 @@ def run(
                 "the value of the shared parameters": [] if among.layout else found.shared,
             }
         )
+    for watcher in watchers():
+        watcher.updated(method, update)
     return update
 
 

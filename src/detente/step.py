@@ -17,6 +17,7 @@ from detente.engine.graph import Reach, listed
 from detente.engine.source import Disjoint, Every, Sampled
 from detente.losses import check_finite, named_losses
 from detente.method import GramianMethod, LossWeighting, Method, Update, one_of, require_method
+from detente.watch import Seen, watchers
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -111,7 +112,12 @@ def step(
         parameters=everything,
         group=group,
     )
-    return method.take_step(_Session(closure, optimizer, method, options, micro_batches, accumulate))
+    session = _Session(closure, optimizer, method, options, micro_batches, accumulate)
+    update = method.take_step(session)
+    for watcher in watchers():
+        # a closure that is called several times for one step takes fresh samples each time
+        watcher.stepped(session.values if micro_batches == method.batches == 1 else None)
+    return update
 
 
 class _Session:
@@ -205,6 +211,8 @@ class _Session:
         self.descents += 1
 
     def one_by_one(self, tasks: Sequence[str]) -> Update:
+        for watcher in watchers():
+            watcher.sequence(lambda: Seen(*self._joined(self._forward()), self.among))
         weights: dict[str, Tensor] = {}
         for task, loss, found in self._in_turn(tasks):
             # heads of the other tasks keep gradient None, so that no optimizer moves them
@@ -212,7 +220,10 @@ class _Session:
             pull([loss], [torch.ones_like(loss)], found.leaves, self.among)
             self.descend()
             weights[task] = torch.ones((), dtype=torch.float64)
-        return Update(weights, None, {"backwards": len(weights), "sequential": True})
+        update = Update(weights, None, {"backwards": len(weights), "sequential": True})
+        for watcher in watchers():
+            watcher.updated(self.method, update)
+        return update
 
     def _in_turn(self, tasks: Iterable[str]) -> Iterator[tuple[str, Tensor, Reach]]:
         """The loss of each task, computed when its turn comes; tasks without a loss in this batch are left out."""

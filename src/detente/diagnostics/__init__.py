@@ -2,5 +2,7 @@
 
 from detente.diagnostics.conflicts import task_gramian
 from detente.diagnostics.recon import ConflictScores
+from detente.diagnostics.recorder import Observation, Recorder
+from detente.diagnostics.recording import Recording
 
-__all__ = ["ConflictScores", "task_gramian"]
+__all__ = ["ConflictScores", "Observation", "Recorder", "Recording", "task_gramian"]

@@ -1,23 +1,26 @@
-"""The Gramian of the task gradients, without an update."""
+"""The tasks' gradients side by side: their Gramian, of the whole model and of its layers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from detente.engine.distributed import Counts, Processes
-from detente.engine.graph import listed, reach
+from detente.engine.graph import Reach, listed, reach
 from detente.engine.jacobian import Jacobian
-from detente.engine.source import trunk_rows
+from detente.engine.rows import Scattered
+from detente.engine.source import Head, every_task, take
 from detente.gramian import Partition
 from detente.losses import named_losses
+from detente.watch import Seen
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["task_gramian"]
+__all__ = ["Gradients", "seen", "take_gradients", "task_gramian"]
 
 
 def task_gramian(
@@ -47,22 +50,73 @@ def task_gramian(
         >>> task_gramian([x[0], -x[0] + x[1]]).tolist()
         [[1.0, -1.0], [-1.0, 2.0]]
     """
+    found = seen(losses, shared, counts=counts, parameters=parameters, group=group)
+    if not found.found.shared:
+        return None
+    return take_gradients(found, Partition.by_model).gramians[0]
+
+
+def seen(
+    losses: Mapping[str, Tensor] | Sequence[Tensor],
+    shared: Iterable[Tensor] | None = None,
+    *,
+    counts: Counts | None = None,
+    parameters: Iterable[Tensor] | None = None,
+    group: ProcessGroup | None = None,
+    scale: float = 1.0,
+) -> Seen:
+    """Losses and what they reach, as :func:`detente.backward` would see them."""
     among = Processes.of(group)
     chosen = None if shared is None else listed(shared)
     if among is None:
-        tensors = list(named_losses(losses).values())
-        found = reach(tensors, chosen)
-    else:
-        with among.failing_together():
-            named = named_losses(losses, any_number=True)
-        parts, found = among.join(named, chosen, counts, None if parameters is None else list(parameters))
-        tensors = list(parts.values())
-    if not found.shared:
-        return None
-    whole = Partition.by_model(found.shared)
+        named = named_losses(losses)
+        return Seen(named, reach(list(named.values()), chosen), None, scale)
+    with among.failing_together():
+        named = named_losses(losses, any_number=True)
+    parts, found = among.join(named, chosen, counts, None if parameters is None else list(parameters))
+    return Seen(parts, found, among, scale)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The task gradients of one step.
+
+    Attributes:
+        rows: those of the shared parameters.
+        heads: those of the others, where they were asked for.
+        gramians: ``[B, T, T]`` float64 CPU tensor.
+    """
+
+    rows: Jacobian | Scattered
+    heads: list[Head]
+    gramians: Tensor
+
+
+def take_gradients(
+    step: Seen, partition: Callable[[Sequence[Tensor]], Partition], *, whole: bool = False, heads: bool = False
+) -> Gradients:
+    """One backward pass per task, which keeps the graph and writes no ``.grad``.
+
+    Args:
+        step: the losses.
+        partition: the blocks of shared parameters to take Gramians of.
+        whole: whether every process needs whole rows.
+        heads: whether to take the gradients of parameters that one loss alone reaches, too.
+    """
+    found, among, tensors = step.found, step.among, list(step.named.values())
+    shared, count = found.shared, len(tensors)
+    blocks = partition(shared)
     if among is None:
-        rows = trunk_rows(tensors, found, Jacobian(found.shared, len(tensors)), keep=True)
-        return rows.gramian(whole)[0].cpu()
-    summed = among.rows(found.shared, len(tensors), whole, None)
-    products = trunk_rows(tensors, found, summed, among, keep=True).gramian(whole)
-    return (among.total(products) if summed.partial else products)[0].cpu()
+        rows: Jacobian | Scattered = Jacobian(shared, count)
+    else:
+        blocks = among.agreed(blocks, shared)
+        rows = among.rows(shared, count, blocks, None, whole=whole)
+    wanted = found if heads else Reach(found.shared, found.tasks, [[] for _ in tensors], found.masks)
+    taken: list[Head] = []
+    for t, row in enumerate(every_task(count)):
+        taken += take(rows, t, row, tensors, wanted, "own", {}, among, last=False)
+    if among is not None:
+        taken = among.heads(taken)
+    products = rows.gramian(blocks)
+    products = among.total(products) if among is not None and rows.partial else products
+    return Gradients(rows, taken, products.cpu() / step.scale**2)

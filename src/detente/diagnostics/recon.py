@@ -10,11 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from detente.engine.graph import reach
-from detente.engine.jacobian import Jacobian
-from detente.engine.source import trunk_rows
+from detente.diagnostics.conflicts import seen, take_gradients
 from detente.gramian import Partition, cosines
-from detente.losses import named_losses
 from detente.nn.task_layers import submodules
 from detente.nn.task_norm import TaskModule
 
@@ -86,10 +83,10 @@ class ConflictScores:
         Raises:
             TypeError, ValueError: the losses do not fit, or no two of them reach a layer of the model.
         """
-        tensors = list(named_losses(losses).values())
-        found = reach(tensors)
+        step = seen(losses)
+        found, count = step.found, len(step.named)
         scored = [k for k, p in enumerate(found.shared) if id(p) in self._parameters]
-        if not scored and len(tensors) > 1:
+        if not scored and count > 1:
             raise ValueError(
                 "no two of the losses reach a layer of the model that was given. Was it copied, rebuilt or converted "
                 "after the scores were made, are its layers frozen, or were its features detached?"
@@ -98,10 +95,8 @@ class ConflictScores:
         if not scored:
             return
         found = replace(found, shared=[found.shared[k] for k in scored], tasks=[found.tasks[k] for k in scored])
-        rows = trunk_rows(tensors, found, Jacobian(found.shared, len(tensors)), keep=True)
-        blocks = rows.gramian(Partition.by_layer(found.shared)).cpu()
+        blocks = take_gradients(replace(step, found=found), Partition.by_layer).gramians
         positions = torch.tensor([self._parameters[id(p)] for p in found.shared])
-        count = len(tensors)
         by_layer = torch.zeros(len(self.layers), count, count, dtype=torch.float64).index_add_(0, positions, blocks)
         below = (cosines(by_layer) < self.threshold).triu(1)
         present = by_layer.diagonal(dim1=1, dim2=2) > 0
