@@ -1,4 +1,4 @@
-"""The command line: compare, tune, report, methods, problems."""
+"""The command line: compare, tune, diagnose, report, methods, problems."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ try:
     from rich.table import Table
 
     from detente.benchmark import tables
-    from detente.benchmark.report import write_report
+    from detente.benchmark.report import write_diagnosis, write_report
     from detente.benchmark.results import Comparison, load_comparison, read_config, verdict
 except ImportError as error:
     raise SystemExit(
@@ -42,6 +42,7 @@ except ImportError as error:
 
 from detente.benchmark.controls import Control, extracted, sweep, wider
 from detente.benchmark.device import check_device
+from detente.benchmark.diagnosing import record
 from detente.benchmark.engines import local, ray, torchrun
 from detente.benchmark.job import Event
 from detente.benchmark.plan import Plan, prepare
@@ -49,6 +50,7 @@ from detente.benchmark.problem import Problem, list_problems, load_problem, sett
 from detente.benchmark.protocol import PROTOCOLS
 from detente.benchmark.specs import parse_methods
 from detente.benchmark.tune import chosen_of, tune
+from detente.diagnostics import Recording, diagnose
 from detente.method import describe, list_methods, method_class
 
 app = typer.Typer(
@@ -502,12 +504,64 @@ def _hooks(config: Mapping[str, Any]) -> Any:
         return None
 
 
+@app.command("diagnose")
+def diagnose_command(
+    source: Annotated[str, typer.Argument(help="A problem, as for compare; or a file that detente.Recorder wrote.")],
+    method: Annotated[str, typer.Option(help="What to train with while looking on.")] = "gd",
+    every: Annotated[int, typer.Option(min=1, help="Steps from one look at the gradients to the next.")] = 10,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: Lr = None,
+    set_: Set = None,
+    preset: Preset = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    data: Data = None,
+    out: Annotated[Path | None, typer.Option(help="Directory of the page. Default: runs/PROBLEM-diagnosis.")] = None,
+    device: Device = "cpu",
+) -> None:
+    """Say in plain words whether the tasks conflict, where, since when, and what may help at what price.
+
+    A problem is trained once, on the sum of its losses, while a recorder looks on. Stop it with Ctrl-C: what was seen
+    until then is told.
+    """
+    if source.endswith(".jsonl"):
+        _diagnose(Path(source), None, Path(source).with_suffix(".html"), Path(source).stem)
+        return
+    options = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
+    asked, loaded = _asked({"problem": source, "methods": method, "data": data, "preset": preset}, {}, False)
+    plan = _plan(loaded, asked, _given({}, options, set_))
+    if loaded.whole or len(loaded.tasks) < 2:
+        raise ValueError(f"problem {loaded.name!r} has no several losses on batches whose gradients could be compared.")
+    root = out or Path(f"runs/{loaded.name}-diagnosis")
+    with _locked(root), _live(f"{loaded.name}: diagnosis", 1) as monitor:
+        interrupted = record(
+            loaded, plan.specs[-1], plan.settings, root / "recording.jsonl", monitor,
+            every=every, data=plan.data, seed=seed, device=check_device(device),
+        )  # fmt: skip
+    if interrupted:
+        console.print("Interrupted: this is what was seen until then.", highlight=False)
+    _diagnose(root / "recording.jsonl", source, root / "diagnosis.html", loaded.name)
+
+
+def _diagnose(path: Path, problem: str | None, page: Path, title: str) -> None:
+    recording = Recording.load(path)
+    found = diagnose(recording, problem)
+    console.print(str(found), markup=False, highlight=False, soft_wrap=True)
+    written = write_diagnosis(recording, found, page, title)
+    console.print(f"\nPage: {written.resolve()}", soft_wrap=True, markup=False, highlight=False)
+
+
 @app.command()
 def report(
-    directory: Annotated[Path, typer.Argument(help="Directory of a comparison.")],
+    directory: Annotated[Path, typer.Argument(help="Directory of a comparison, or a file of detente.Recorder.")],
     other: Annotated[Path | None, typer.Argument(help="Another one, of the same tasks, to lay beside it.")] = None,
 ) -> None:
     """Build the tables and the HTML report again from the finished runs of a comparison; or compare two comparisons."""
+    if directory.suffix == ".jsonl":
+        if other is not None:
+            raise ValueError("recordings are shown one at a time; leave out the second.")
+        _diagnose(directory, None, directory.with_suffix(".html"), directory.stem)
+        return
     beside = None if other is None else load_comparison(other)
     _show(directory, _hooks(read_config(directory / "comparison.json")), beside)
 

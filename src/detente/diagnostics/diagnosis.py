@@ -88,11 +88,11 @@ class _Case:
         self.r = recording
         self.problem = problem or "my_problem.py"
         self.named = {(i, j): f"{recording.tasks[i]} and {recording.tasks[j]}" for i, j in recording.pairs}
-        self.means = {pair: _mean(recording.cosines[:, pair[0], pair[1]]) for pair in recording.pairs}
+        self.means = {pair: _level(recording.cosines[:, pair[0], pair[1]]) for pair in recording.pairs}
         self.opposed = [pair for pair, mean in sorted(self.means.items(), key=lambda e: e[1]) if mean < OPPOSED]
         worst, self.layer_means = [], np.full(len(recording.layers), np.nan)
         for k in range(len(recording.layers)):
-            found = {p: _mean(recording.layer_cosines[:, k, p[0], p[1]]) for p in recording.pairs}
+            found = {p: _level(recording.layer_cosines[:, k, p[0], p[1]]) for p in recording.pairs}
             found = {p: mean for p, mean in found.items() if np.isfinite(mean)}
             pair = min(found, key=found.__getitem__, default=None)
             worst.append(pair)
@@ -188,7 +188,10 @@ class _Case:
         if not self.known:
             return Answer(question, "Not known.", "No two tasks were seen together on a parameter that they share.")
         listed = sorted((mean, pair) for pair, mean in self.means.items() if np.isfinite(mean))
-        shown = [f"{self.named[p]} {mean:+.2f} (negative in {self._negative(p):.0%})" for mean, p in listed[:4]]
+        shown = [
+            f"{self.named[p]} {mean:+.2f}{self._lately(p)} (negative in {self._negative(p):.0%})"
+            for mean, p in listed[:4]
+        ]
         evidence = f"Mean cosine of their gradients over {count} records: {'; '.join(shown)}"
         evidence += f", and {len(listed) - 4} more pairs above." if len(listed) > 4 else "."
         if self.opposed:
@@ -223,9 +226,8 @@ class _Case:
         rest = [k for k, mean in enumerate(self.layer_means) if np.isfinite(mean) and k not in self.fighting]
         evidence = "; ".join(shown) + (f"; and {len(order) - 5} more." if len(order) > 5 else ".")
         if rest:
-            evidence += (
-                f" In the other {len(rest)} layers the lowest mean cosine is {min(self.layer_means[rest]):+.2f}."
-            )
+            lowest = min(self.layer_means[rest])
+            evidence += f" In the other {len(rest)} layers the lowest mean cosine is {lowest:+.2f}."
         answer = f"Only in {self._layers(self.fighting)}." if self.local else "In most layers."
         return Answer(question, answer, evidence)
 
@@ -259,8 +261,8 @@ class _Case:
         long, short = self._extremes()
         toward = _mean(self.r.to_mean[:, self.r.tasks.index(short)])
         evidence += (
-            f" The mean gradient points where {long} wants: {short}'s own has a cosine of {toward:+.2f} to it. A loss in"
-            " another unit is the usual reason, and no conflict."
+            f" The mean gradient points where {long} wants: {short}'s own has a cosine of {toward:+.2f} to it. A loss"
+            " in another unit is the usual reason, and no conflict."
         )
         return Answer(question, f"Yes: {long}." if self.dominated else f"They are uneven: {long} leads.", evidence)
 
@@ -280,7 +282,9 @@ class _Case:
             said.append(f"Pushed uphill by the others (first order), of the recorded steps: {listed}.")
             answer = answer if answer != "Yes." else "Not for all tasks."
         elif self.uphill:
-            said.append(f"No task is pushed uphill in more than {max(self.uphill.values()):.0%} of them.")
+            most = max(self.uphill.values())
+            rarely = f" in more than {most:.0%} of the recorded steps" if most else ""
+            said.append(f"No task is pushed uphill by the others{rarely} (first order).")
         return Answer(question, answer, " ".join(said))
 
     def likely(self) -> Answer:
@@ -288,8 +292,8 @@ class _Case:
         count = len(self.r.tasks)
         evidence = (
             f"The mean cosine of a task's gradient to the average of all is {self.to_mean:.2f}. In a study of many "
-            f"problems, methods gained nothing where it was about {NO_GAIN}, and much where it was about {GAIN}; unrelated "
-            f"tasks with gradients of one length would have {count**-0.5:.2f} here ({count} tasks)."
+            f"problems, methods gained nothing where it was about {NO_GAIN}, and much where it was about {GAIN}; "
+            f"unrelated tasks with gradients of one length would have {count**-0.5:.2f} here ({count} tasks)."
         )
         if not np.isfinite(self.to_mean):
             return Answer(question, "Not known.", "No task gradients were compared.")
@@ -319,14 +323,14 @@ class _Case:
             weights = np.nanmin(norms) / norms
             listed = ", ".join(f"{t} {w:.2g}" for t, w in list(zip(self.r.tasks, weights, strict=True))[:8])
             said.append(
-                f"fixed weights that bring the gradients to one length ({listed}), or a learned loss weighting, `uw`, at "
-                "no cost"
+                f"fixed weights that bring the gradients to one length ({listed}), or a learned loss weighting, `uw`, "
+                "at no cost"
             )
         if "local conflict" in causes:
             names = [self.r.layers[k] for k in self.fighting]
             said.append(
-                f"layers of their own where they fight (`detente.nn.convert_task_layers(model, tasks, {names[:4]})`), or "
-                'a method per layer (`granularity="layer"`)'
+                f"layers of their own where they fight (`detente.nn.convert_task_layers(model, tasks, {names[:4]})`), "
+                'or a method per layer (`granularity="layer"`)'
             )
         if "conflict" in causes:
             said.append("`cagrad` for the worst-off task, `pcgrad`, or `wpcgrad` where one task matters most")
@@ -367,6 +371,10 @@ class _Case:
         return Answer(question, f"{more:.1f} times a step, or nothing with a loss weighting.", evidence)
 
     # -- words
+
+    def _lately(self, pair: tuple[int, int]) -> str:
+        series = self.r.cosines[:, pair[0], pair[1]]
+        return " in their last third" if self.means[pair] != _mean(series) else ""
 
     def _negative(self, pair: tuple[int, int]) -> float:
         series = self.r.cosines[:, pair[0], pair[1]]
@@ -409,6 +417,17 @@ def _dated(series: Array, steps: NDArray[np.int64]) -> str:
 def _ratio(norms: Array) -> float:
     positive = norms[np.isfinite(norms) & (norms > 0)]
     return float(positive.max() / positive.min()) if len(positive) > 1 else np.nan
+
+
+def _level(series: Array) -> float:
+    """Mean cosine over the records; or over their last third, where it is lower there and not by chance."""
+    everywhere = _mean(series)
+    last = series[-(len(series) // 3) :]
+    last = last[np.isfinite(last)]
+    if len(last) < FEW // 2:
+        return everywhere
+    lately = float(last.mean())
+    return lately if lately < everywhere and lately < -2 * float(last.std()) / len(last) ** 0.5 else everywhere
 
 
 def _mean(values: Array) -> float:

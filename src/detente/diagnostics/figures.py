@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,7 +49,8 @@ def figures(recording: Recording) -> Iterator[tuple[str, str, Figure]]:
     if np.isfinite(recording.predicted).any():
         note = "What each step did to every loss on its own samples, beside what its gradient promised."
         yield "Change of the losses", note, changes(recording)
-    if np.isfinite(recording.weights).any():
+    given = recording.weights[np.isfinite(recording.weights)]
+    if len(given) and np.ptp(given) > 0:
         yield "Weights", "Coefficients that the method gave the tasks.", weights(recording)
     if any(recording.priorities):
         note = "Connection strength: share of each layer's channels that a task owns, at the end."

@@ -58,16 +58,17 @@ class Recorder:
             optimizer.step()
         optimizer.zero_grad()
 
-    Then ``detente diagnose run.jsonl`` says in words what was seen, and :class:`Recording` reads the file. Noted are, of
-    the shared parameters as a whole and of every layer, the norms of the task gradients and their cosines; the losses;
-    what the optimizer's step should have done to each loss by its gradient (``predicted``), what it did on the same
-    samples (``realised``), and the curvature of each loss along the step, ``2 (realised - predicted) / ||step||^2``;
-    weights and figures of the method; phases and channel priorities of connection strength.
+    Then ``detente diagnose run.jsonl`` says in words what was seen, and :class:`detente.diagnostics.Recording` reads
+    the file. Noted are, of the shared parameters as a whole and of every layer, the norms of the task gradients and
+    their cosines; the losses; what the optimizer's step should have done to each loss by its gradient
+    (``predicted``), what it did on the same samples (``realised``), and the curvature of each loss along the step,
+    ``2 (realised - predicted) / ||step||^2``; weights and figures of the method; phases and channel priorities of
+    connection strength.
 
-    A recorded step costs one backward pass per task, and one forward pass where ``realised`` is noted, so that 100
-    steps with ``every=100`` cost 1 to 2% more than without; other steps cost nothing. It holds one gradient per task and
-    a copy of the parameters until the optimizer has stepped. Training is not changed by it: not the gradients, not
-    the statistics of norms, not the random numbers.
+    A recorded step costs one backward pass per task, and one forward pass where ``realised`` is noted, so that with
+    ``every=100`` training takes 1 to 2% longer. It holds one gradient per task and a copy of the parameters until the
+    optimizer has stepped. Training is not changed by it: not the gradients, not the statistics of norms, not the
+    random numbers.
 
     Args:
         model: the network, whose modules name the layers. Anything that wraps it is fine.
@@ -150,7 +151,7 @@ class Recorder:
         """Note this step, if it is its turn; call it before ``loss.backward()``, which it leaves to you.
 
         Args:
-            losses: ``{task: scalar loss}``, or a sequence, as in :func:`detente.backward`; some of the tasks are enough.
+            losses: ``{task: scalar loss}``, or a sequence, as in :func:`detente.backward`; some tasks are enough.
             again: computes the losses once more on the same samples; called when the ``with`` block ends, which must
                 hold the optimizer's step. What dropout draws is drawn anew.
             shared, counts, parameters, scale: as in :func:`detente.backward`.
@@ -384,10 +385,12 @@ class _Everything(_Method):
     def sequence(self, seen: Callable[[], Seen]) -> None:
         recorder = self.recorder
         if not recorder._observing and recorder._turn():
-            with recorder._undisturbed(), recorder._clock.paused():
-                step = seen()
-            with recorder._recording():
-                recorder._begin(step)
+            # statistics are given back only when no gradient needs them any more
+            with recorder._undisturbed():
+                with recorder._clock.paused():
+                    step = seen()
+                with recorder._recording():
+                    recorder._begin(step)
 
     def stepped(self, again: Again | None) -> None:
         if not self.recorder._observing:

@@ -18,7 +18,7 @@ from detente.benchmark.report.styles import drawn_first, styles
 from detente.benchmark.results import Comparison, verdict
 from detente.benchmark.tables import cost_grid, result_grid, tuning_rows
 
-__all__ = ["write_report"]
+__all__ = ["environment", "write_report"]
 
 IMAGES = {".svg": "image/svg+xml", ".png": "image/png"}
 CONTROLS = {
@@ -26,6 +26,19 @@ CONTROLS = {
     "extracted": "control: the mean weights of a method, fixed from the start",
     "wider": "control: equal weights on a wider network",
 }
+
+
+def environment() -> Environment:
+    """The templates of all pages."""
+    found = Environment(
+        loader=PackageLoader("detente.benchmark", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    return found
 
 
 def write_report(
@@ -37,31 +50,27 @@ def write_report(
 
     Pictures that a problem has left in ``figures/*.svg`` or ``*.png`` of the comparison are embedded.
     """
-    environment = Environment(
-        loader=PackageLoader("detente.benchmark", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     sections = figure_sections(comparison)
-    page = environment.get_template("report.html.j2").render(
-        comparison=comparison,
-        verdict=verdict(comparison) if headline is None else headline,
-        protocol=PROTOCOLS.get(comparison.protocol, "unknown"),
-        styles=styles(comparison),
-        drawn=drawn_first(comparison),
-        controls={row.label: CONTROLS[row.control] for row in comparison.rows if row.control},
-        tables={"results": result_grid(comparison), "cost": cost_grid(comparison)},
-        sections=sections,
-        metrics=metric_choices(comparison),
-        figures=_figures(comparison, sections),
-        tuning=_tuning(comparison.config.get("tuning")),
-        against=None if other is None else against(comparison, other),
-        pictures=list(_pictures(comparison.directory / "figures")),
-        configuration=_configuration(comparison.config),
-        plotly=Markup(get_plotlyjs()),
+    page = (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            comparison=comparison,
+            verdict=verdict(comparison) if headline is None else headline,
+            protocol=PROTOCOLS.get(comparison.protocol, "unknown"),
+            styles=styles(comparison),
+            drawn=drawn_first(comparison),
+            controls={row.label: CONTROLS[row.control] for row in comparison.rows if row.control},
+            tables={"results": result_grid(comparison), "cost": cost_grid(comparison)},
+            sections=sections,
+            metrics=metric_choices(comparison),
+            figures=_figures(comparison, sections),
+            tuning=_tuning(comparison.config.get("tuning")),
+            against=None if other is None else against(comparison, other),
+            pictures=list(_pictures(comparison.directory / "figures")),
+            configuration=_configuration(comparison.config),
+            plotly=Markup(get_plotlyjs()),
+        )
     )
     path = Path(directory) / "report.html"
     path.write_text(page, encoding="utf-8")
