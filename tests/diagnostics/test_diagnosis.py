@@ -57,7 +57,7 @@ def recording(tmp_path, losses_of, steps=30, lr=0.01, model=None):
         torch.nn.ModuleDict({k: torch.nn.Linear(2, 2, bias=False) for k in ("one", "two")}) if model is None else model
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    recorder = detente.Recorder(model, tmp_path / "run.jsonl", every=1)
+    recorder = detente.Recorder(model, tmp_path / "run.jsonl", every=1, realised_every=1)
     for k in range(steps):
         with recorder.observe(losses_of(model, k), again=lambda k=k: losses_of(model, k)):
             sum(losses_of(model, k).values()).backward()

@@ -95,11 +95,9 @@ def cosine(u, v):
 @pytest.mark.parametrize("way", ["observe", "step", "backward"])
 def test_figures_are_those_of_a_direct_computation(way, tmp_path):
     loop, expected = Loop(), []
-    recorder = detente.Recorder(loop.model, tmp_path / "run.jsonl", every=1)
+    recorder = detente.Recorder(loop.model, tmp_path / "run.jsonl", every=1, realised_every=1)
     for _ in range(4):
         loop.batch()
-        before = loop.model.state_dict()
-        before = {k: v.clone() for k, v in before.items()}
         by_layer, everything = directly(loop)
         at = torch.cat([p.detach().reshape(-1) for p in loop.model.parameters()])
         losses = loop.closure()
@@ -175,13 +173,23 @@ def test_training_is_not_changed_by_it(name, options, tmp_path):
 def test_realised_changes_are_of_the_same_dropout_masks(tmp_path):
     """A step of length almost nothing changes the losses by almost nothing, whatever dropout draws."""
     loop = Loop(dropout=0.5, lr=1e-7)
-    with detente.Recorder(loop.model, tmp_path / "run.jsonl", every=1) as recorder:
+    with detente.Recorder(loop.model, tmp_path / "run.jsonl", every=1, realised_every=1) as recorder:
         for _ in range(3):
             loop.batch()
             detente.step(loop.closure, loop.optimizer, detente.GD())
     assert recorder.steps == 3
     found = Recording.load(tmp_path / "run.jsonl")
     assert abs(found.realised).max() < 1e-4
+
+
+def test_one_of_several_records_has_realised_changes(tmp_path):
+    loop = Loop()
+    recorder = detente.Recorder(loop.model, tmp_path / "run.jsonl", every=2, realised_every=3)
+    for _ in range(14):
+        loop.plain_step(recorder)
+    found = Recording.load(recorder.path)
+    assert torch.from_numpy(found.predicted).isfinite().all()
+    assert torch.from_numpy(found.realised).isfinite().all(1).tolist() == [k % 3 == 0 for k in range(7)]
 
 
 def test_weights_and_method_are_noted(tmp_path):
@@ -345,7 +353,12 @@ def test_another_run_is_never_written_over(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"every": 0}, "every must be"), ({"limit_mb": 0}, "limit_mb must be"), ({"every": 2.5}, "every must be")],
+    [
+        ({"every": 0}, "every must be"),
+        ({"every": 2.5}, "every must be"),
+        ({"realised_every": 0}, "realised_every must be"),
+        ({"limit_mb": 0}, "limit_mb must be"),
+    ],
 )
 def test_bad_options_are_told(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
@@ -396,7 +409,7 @@ def test_tensorboard(tmp_path):
         ("conflict/cosine/a-b", found.cosines[:, 0, 1]),
         ("conflict/norms/c", found.norms[:, 2]),
         ("conflict/weights/b", found.weights[:, 1]),
-        ("conflict/realised/a", found.realised[:, 0]),
+        ("conflict/predicted/a", found.predicted[:, 0]),
         ("conflict/rate", found.conflict_rate),
     ):
         series = events.Scalars(name)
@@ -413,6 +426,7 @@ def test_weights_and_biases(tmp_path, monkeypatch):
         recorder = detente.Recorder(loop.model, tmp_path / "run.jsonl", every=2, writers=[run])
         for _ in range(4):
             loop.plain_step(recorder)
+        run.log({}, step=4)  # the summary is of the steps before the last
         logged = dict(run.summary)
     found = Recording.load(tmp_path / "run.jsonl")
     assert logged["conflict/cosine/a-b"] == pytest.approx(found.cosines[-1, 0, 1], rel=WRITTEN)

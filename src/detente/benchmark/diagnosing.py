@@ -62,7 +62,7 @@ def record(
         progress(job.event(fraction, text))
 
     try:
-        with Recorder(training.model, path, every):
+        with Recorder(training.model, path, every, realised_every=1):
             while not training.done():
                 training.run_epoch(say)
                 say(training.epoch / settings["epochs"], training.line())

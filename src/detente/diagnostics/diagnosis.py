@@ -163,8 +163,8 @@ class _Case:
             assert pair is not None
             said.append(f"{self.named[pair]} pull against each other, but only in {self._layers(self.fighting)}")
         elif "conflict" in self.causes:
-            pairs = self.opposed or [self.worst[self.fighting[0]]]
-            names = [self.named[p] for p in pairs[:3] if p is not None]
+            pairs = self.opposed or [p for k in self.fighting if (p := self.worst[k]) is not None][:1]
+            names = [self.named[p] for p in pairs[:3]]
             more = f" (and {len(pairs) - 3} more pairs)" if len(pairs) > 3 else ""
             said.append(f"{'; '.join(names)}{more} pull against each other in most of the shared network")
         if "dominance" in self.causes:

@@ -65,8 +65,8 @@ class Recorder:
     ``2 (realised - predicted) / ||step||^2``; weights and figures of the method; phases and channel priorities of
     connection strength.
 
-    A recorded step costs one backward pass per task, and one forward pass where ``realised`` is noted, so that with
-    ``every=100`` training takes 1 to 2% longer. It holds one gradient per task and a copy of the parameters until the
+    A recorded step costs one backward pass per task, and sometimes a forward pass, so that with ``every=100`` training
+    takes 1 to 2% longer (three tasks). It holds one gradient per task and a copy of the parameters until the
     optimizer has stepped. Training is not changed by it: not the gradients, not the statistics of norms, not the
     random numbers.
 
@@ -74,6 +74,7 @@ class Recorder:
         model: the network, whose modules name the layers. Anything that wraps it is fine.
         path: a file to write, one JSON object per line. Nothing is kept in memory.
         every: steps from one record to the next.
+        realised_every: of so many records one has ``realised`` and ``curvature``, which take a forward pass.
         limit_mb: size in MB at which every second record is dropped and ``every`` doubles. An existing file is
             continued only after :meth:`load_state_dict`.
         writers: where to send the main figures as well: TensorBoard's ``SummaryWriter``, a run of Weights & Biases, or
@@ -106,19 +107,22 @@ class Recorder:
         path: str | os.PathLike[str],
         every: int = 100,
         *,
+        realised_every: int = 4,
         limit_mb: float = 50.0,
         writers: Iterable[Writer] = (),
         group: ProcessGroup | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be the network whose modules name the layers; got {type(model).__name__}.")
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be a whole number of steps, at least 1; got {every!r}.")
+        for name, number in (("every", every), ("realised_every", realised_every)):
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f"{name} must be a whole number, at least 1; got {number!r}.")
         if not isinstance(limit_mb, int | float) or not limit_mb > 0:
             raise ValueError(f"limit_mb must be a size above 0; got {limit_mb!r}.")
         self.model = model
         self.path = Path(path)
         self.every = every
+        self.realised_every = realised_every
         self.limit = limit_mb * 1e6
         self.writers = list(writers)
         self.group = group
@@ -306,7 +310,7 @@ class Recorder:
             predicted[task] += float((real(gradient).double() * moved[id(p)]).sum())
         predicted /= opened.scale
         found: dict[str, Any] = {"predicted": predicted.tolist(), "length": length}
-        if again is not None:
+        if again is not None and opened.entry["step"] // self.every % self.realised_every == 0:
             with self._undisturbed(), torch.no_grad():
                 values = again()
             if all(task in values for task in opened.entry["tasks"]):
