@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -59,6 +60,23 @@ def losses(net: nn.Module, tasks: str = "ab", seed: int | None = None) -> dict[s
     x = torch.randn(5, 4, generator=g, dtype=torch.float64)
     h = net["trunk"](x)
     return {t: (net[t](h) * (1 if t == "a" else -2) + 1).square().mean() for t in tasks}
+
+
+def samples() -> tuple[Tensor]:
+    """Of this process, those of `losses`."""
+    return (torch.randn(5, 4, generator=torch.Generator().manual_seed(dist.get_rank()), dtype=torch.float64),)
+
+
+class Both(nn.Module):
+    """The network with both losses behind it, as DistributedDataParallel wants it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, tasks: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+        h = self.net["trunk"](x)
+        return {t: (self.net[t](h) * (1 if t == "a" else -2) + 1).square().mean() for t in tasks or "ab"}
 
 
 @check
@@ -354,6 +372,50 @@ def shared_by_name_under_fsdp() -> dict[str, Any]:
     found["Every"] = raised(
         lambda: detente.backward(losses(net, seed=0), detente.CAGrad(), shared=shared, source=source)
     )
+    return found
+
+
+@check
+def recorded() -> dict[str, Any]:
+    """What a recorder notes of three steps, beside gradients of the whole batch taken directly."""
+    directory = everywhere(tempfile.mkdtemp() if dist.get_rank() == 0 else None)[0]
+    found: dict[str, Any] = {}
+    for kind in ("bare", "ddp"):
+        net = network()
+        wrapped = DistributedDataParallel(Both(net)) if kind == "ddp" else Both(net)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        path = f"{directory}/{kind}.jsonl"
+        recorder = detente.Recorder(net, path, every=1, realised_every=1, limit_mb=0.001)
+        expected, after, everies = [], [], []
+        for _ in range(5):
+            before = [losses(net, seed=rank) for rank in range(dist.get_world_size())]
+            of = {t: torch.stack([one[t] for one in before]).mean() for t in "ab"}
+            rows = [
+                torch.cat(
+                    [g.reshape(-1) for g in torch.autograd.grad(of[t], [*net["trunk"].parameters()], retain_graph=True)]
+                )
+                for t in "ab"
+            ]
+            norms = [float(row.norm()) for row in rows]
+            expected.append([*norms, float(rows[0] @ rows[1]) / (norms[0] * norms[1])])
+            start = {t: float(of[t]) for t in "ab"}
+            with recorder:
+                detente.step(lambda tasks=None, model=wrapped: model(*samples(), tasks), optimizer, detente.PCGrad())
+            end = [losses(net, seed=rank) for rank in range(dist.get_world_size())]
+            after.append([float(torch.stack([one[t] for one in end]).mean()) - start[t] for t in "ab"])
+            everies.append(recorder.every)
+        dist.barrier()
+        read = detente.diagnostics.Recording.load(path)
+        noted = [
+            [*read.norms[r].tolist(), read.cosines[r, 0, 1].item(), *read.realised[r].tolist()]
+            for r in range(len(read.steps))
+        ]
+        found[kind] = {
+            "steps": read.steps.tolist(),
+            "noted": noted,
+            "expected": [expected[k] + after[k] for k in read.steps],
+            "every": everywhere(everies),
+        }
     return found
 
 

@@ -119,3 +119,14 @@ def test_shared_parameters_may_be_named_under_fsdp():
     assert max(found["before"]) < 1e-14  # of gradients of about 1, in float64
     assert max(found["resharded"]) < 1e-14
     assert "cannot tell where its gradient enters" in found["Every"]
+
+
+@pytest.mark.parametrize("kind", ["bare", "ddp"])
+def test_a_recorder_notes_the_whole_batch(kind):
+    found = result("recorded")[kind]
+    assert found["noted"]
+    for noted, expected in zip(found["noted"], found["expected"], strict=True):
+        assert noted == pytest.approx(expected, rel=5e-6)  # six digits are written
+    # the first process sees the file grow; all of them look at the same steps
+    assert found["every"][0] == found["every"][1]
+    assert found["every"][0][-1] > 1
