@@ -377,22 +377,33 @@ def shared_by_name_under_fsdp() -> dict[str, Any]:
 
 @check
 def recorded() -> dict[str, Any]:
-    """What a recorder notes of three steps, beside gradients of the whole batch taken directly."""
+    """What a recorder notes of five steps, beside gradients of the whole batch taken directly."""
+    from torch.distributed.fsdp import fully_shard
+
     directory = everywhere(tempfile.mkdtemp() if dist.get_rank() == 0 else None)[0]
     found: dict[str, Any] = {}
-    for kind in ("bare", "ddp"):
-        net = network()
+    for kind in ("bare", "ddp", "fsdp2"):
+        net, wanted = network(), network()
         wrapped = DistributedDataParallel(Both(net)) if kind == "ddp" else Both(net)
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        if kind == "fsdp2":
+            for part in (net["trunk"], net["a"], net["b"], wrapped):
+                fully_shard(part)
+        optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
         path = f"{directory}/{kind}.jsonl"
         recorder = detente.Recorder(net, path, every=1, realised_every=1, limit_mb=0.001)
         expected, after, everies = [], [], []
         for _ in range(5):
-            before = [losses(net, seed=rank) for rank in range(dist.get_world_size())]
+            with torch.no_grad():
+                for p, q in zip(wanted.parameters(), net.parameters(), strict=True):
+                    p.copy_(q.full_tensor() if kind == "fsdp2" else q)
+            before = [losses(wanted, seed=rank) for rank in range(dist.get_world_size())]
             of = {t: torch.stack([one[t] for one in before]).mean() for t in "ab"}
             rows = [
                 torch.cat(
-                    [g.reshape(-1) for g in torch.autograd.grad(of[t], [*net["trunk"].parameters()], retain_graph=True)]
+                    [
+                        g.reshape(-1)
+                        for g in torch.autograd.grad(of[t], [*wanted["trunk"].parameters()], retain_graph=True)
+                    ]
                 )
                 for t in "ab"
             ]
@@ -401,7 +412,10 @@ def recorded() -> dict[str, Any]:
             start = {t: float(of[t]) for t in "ab"}
             with recorder:
                 detente.step(lambda tasks=None, model=wrapped: model(*samples(), tasks), optimizer, detente.PCGrad())
-            end = [losses(net, seed=rank) for rank in range(dist.get_world_size())]
+            with torch.no_grad():
+                for p, q in zip(wanted.parameters(), net.parameters(), strict=True):
+                    p.copy_(q.full_tensor() if kind == "fsdp2" else q)
+            end = [losses(wanted, seed=rank) for rank in range(dist.get_world_size())]
             after.append([float(torch.stack([one[t] for one in end]).mean()) - start[t] for t in "ab"])
             everies.append(recorder.every)
         dist.barrier()

@@ -17,12 +17,16 @@ __all__ = ["Answer", "Diagnosis", "diagnose"]
 OPPOSED = -0.1
 """Mean cosine over the records below which two tasks pull against each other; minibatch noise scatters around 0."""
 OPPOSED_IN_LAYER = -0.2
+NEGLIGIBLE = 0.01
+"""Share of the squared gradients below which a layer's fight is nobody's concern."""
 UNEVEN, DROWNED = 4.0, 10.0
 """Ratio of the longest to the shortest task gradient, as the median over records."""
 OFTEN = 0.25
 NO_GAIN, GAIN = 0.7, 0.3
 """Mean cosine to the average gradient at which a study of many problems saw no gain, and large ones."""
 FEW = 10
+ODD = 0.2
+"""Share of the records that may be on the wrong side of a date."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +102,11 @@ class _Case:
             worst.append(pair)
             self.layer_means[k] = np.nan if pair is None else found[pair]
         self.worst = worst
-        self.fighting = [k for k, mean in enumerate(self.layer_means) if mean < OPPOSED_IN_LAYER]
         squares = np.nan_to_num(recording.layer_norms) ** 2
         self.shares = squares.sum((0, 2)) / max(squares.sum(), np.finfo(float).tiny)
+        self.fighting = [
+            k for k, mean in enumerate(self.layer_means) if mean < OPPOSED_IN_LAYER and self.shares[k] >= NEGLIGIBLE
+        ]
         with np.errstate(divide="ignore"):
             self.ratios = np.array([_ratio(row) for row in recording.norms])
         self.ratio = _median(self.ratios)
@@ -303,10 +309,10 @@ class _Case:
             answer = "Not before the learning rate is right."
         elif self.causes[0] == "dominance":
             answer = "Balancing the losses is; resolving conflicts is not."
-        elif self.to_mean < (NO_GAIN + GAIN) / 2 or self.local:
+        elif self.to_mean < (NO_GAIN + GAIN) / 2:
             answer = "It is worth a try."
         else:
-            answer = "Perhaps."
+            answer = "Perhaps, where they fight." if self.local else "Perhaps."
         return Answer(
             question,
             answer,
@@ -405,12 +411,16 @@ def _dated(series: Array, steps: NDArray[np.int64]) -> str:
     smooth = np.convolve(series, np.ones(window) / window, mode="valid")
     middle = steps[window // 2 : window // 2 + len(smooth)]
     below = smooth < OPPOSED
-    if below.all():
-        return "From the first recorded step on."
-    if below[-1]:
-        return f"Since about step {middle[np.flatnonzero(~below)[-1] + 1]}."
-    if below[0]:
-        return f"Until about step {middle[np.flatnonzero(~below)[0]]}; not at the end."
+    count = len(below)
+    before = np.concatenate([[0], np.cumsum(below)])  # how many of the first k are below
+    begins = before + (count - np.arange(count + 1)) - (before[-1] - before)  # errors of "not before k, always after"
+    ends = count - begins
+    if begins.min() <= min(ends.min(), ODD * count):
+        k = int(begins.argmin())
+        return "From the first recorded step on." if k == 0 else f"Since about step {middle[min(k, count - 1)]}."
+    if ends.min() <= ODD * count:
+        k = int(ends.argmin())
+        return f"Until about step {middle[min(k, count - 1)]}; not at the end."
     return "On and off."
 
 

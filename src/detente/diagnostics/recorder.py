@@ -231,10 +231,12 @@ class Recorder:
         self._open = opened = _Open(entry)
         if found.shared and len(step.named) > 0:
             start = time.perf_counter()
-            gradients = take_gradients(step, self._blocks, whole=True, heads=True)
+            # of parameters that PyTorch spreads no process has whole rows, so that changes are not noted
+            whole = among is None or among.layout is None
+            gradients = take_gradients(step, self._blocks, whole=whole, heads=whole)
             entry["ms"]["gradients"] = 1000 * (time.perf_counter() - start)
             entry |= _described(gradients.gramians, self.layers)
-            if (among is None or among.layout is None) and isinstance(gradients.rows, Jacobian):
+            if whole:
                 opened.gradients, opened.scale = gradients, step.scale
                 everything = [*found.shared, *{id(p): p for p, _, _ in gradients.heads}.values()]
                 opened.before = [(p, p.detach().clone()) for p in everything]
