@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,17 @@ def test_adam_is_the_default_optimizer_and_the_file_may_choose_another(tmp_path)
 def test_an_edited_file_has_another_digest(tmp_path):
     before = load_problem(variant(tmp_path)).digest
     assert load_problem(variant(tmp_path, more="# changed\n")).digest != before
+
+
+def test_modules_beside_the_file_are_found_and_count_in_its_digest(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.path", list(sys.path))
+    beside = tmp_path / "networks_beside_mine.py"
+    beside.write_text("WIDTH = 7\n")
+    source = variant(tmp_path, more="\nfrom networks_beside_mine import WIDTH\n")
+    before = load_problem(source)
+    assert before.module.WIDTH == 7
+    beside.write_text("WIDTH = 8\n")
+    assert load_problem(source).digest != before.digest
 
 
 def test_an_edited_part_of_a_built_in_problem_changes_its_digest(tmp_path):

@@ -107,7 +107,8 @@ class Problem:
         name: built-in name, or the stem of the user's file.
         source: what :func:`load_problem` was given; loads the same problem in another process.
         description: first line of the module's docstring.
-        digest: hash of the user's file; of a built-in problem's module and of what it is made of, see :func:`parts`.
+        digest: hash of the user's file and what it imports from beside it; of a built-in problem's module and of what
+            it is made of, see :func:`parts`.
         tasks: ``{task: {metric: "max" or "min"}}``, in order.
         settings: defaults for every setting.
         module: the module itself.
@@ -349,6 +350,22 @@ def parts(module: Path) -> set[Path]:
     return found
 
 
+def beside(module: Path) -> set[Path]:
+    """A user's problem file and the files beside it that it imports, directly or indirectly."""
+    found, pending = set[Path](), [module]
+    while pending:
+        path = pending.pop()
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for name in names:
+                base = module.parent.joinpath(*name.split("."))
+                files = (base.with_suffix(".py"), base / "__init__.py") if name else ()
+                pending += [file for file in files if file.is_file() and file not in found]
+    return found
+
+
 def digest(files: Iterable[Path]) -> str:
     """Hash of the files' contents."""
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:16]
@@ -371,11 +388,13 @@ def load_problem(source: str) -> Problem:
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
+        if str(path.parent) not in sys.path:  # for modules that lie beside it, behind everything that is installed
+            sys.path.append(str(path.parent))
         try:
             spec.loader.exec_module(module)
         except Exception as error:
             raise ValueError(f"problem file {source!r} cannot be run: {type(error).__name__}: {error}") from error
-        source, files = str(path), {path}
+        source, files = str(path), beside(path)
     else:
         known = list_problems()
         source = source.replace("-", "_")

@@ -40,6 +40,13 @@ class AlignedMTL(Centred):
     Raises:
         ValueError: an option is unknown; ``preference`` does not sum to 1.
 
+    Limits:
+        With ``scale="min"`` the shortest component sets the length of all. Two unit gradients that agree to within 0.1
+        radians give an update of length 0.1 where their sum has 2, and beside a gradient 1000 times shorter the other
+        task slows down 1000 times. With ``"rmse"`` the short component, which may be noise, is stretched instead: 700
+        times in that case. The update may conflict: with one gradient ten times as long as two others it did for a
+        tenth of random triples.
+
     Example:
         >>> import torch, detente
         >>> J = torch.tensor([[2.0, 0.0], [0.0, 0.5]])

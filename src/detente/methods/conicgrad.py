@@ -36,6 +36,12 @@ class ConicGrad(Centred):
     Raises:
         ValueError: ``c`` is out of range; ``preference`` does not sum to 1.
 
+    Limits:
+        The cone stands around the mean gradient and the update has its length, so the units of the losses matter: the
+        longest gradient places the cone, and a short one that gets its way does so with a step as long as the mean. For
+        ``c`` near 1 it conflicts as the mean does (7% of random triples at 0.95, none of 300 at 0.5). Opposite
+        gradients of unequal length do not stop it: it follows the longer one, and the other task gets worse.
+
     Example:
         >>> import torch, detente
         >>> J = torch.tensor([[-4.0, 1.0], [6.0, 1.0]])

@@ -183,6 +183,12 @@ class ConnectionStrength(Seeded, GramianMethod):
         ValueError: no task norm could be paired, ``epochs`` is missing for the mixed schedule, or an option is out of
             range.
 
+    Limits:
+        In phase 1 each batch takes T optimizer steps, one task after the other: the last one has the last word, and
+        Adam's moments mix all tasks. Owners are read in every step and the strongest task takes all, be it by a hair: a
+        change of a norm's scale by 1% moved channels to another owner. Every task has norms of its own, so that
+        inference too needs a pass through the trunk for each task.
+
     Example:
         >>> import torch, detente
         >>> trunk = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.ReLU())

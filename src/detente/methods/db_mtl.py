@@ -36,6 +36,12 @@ class DBMTL(GramianMethod):
     Raises:
         ValueError: an option is out of range, a loss is not positive, or the shared parameters changed.
 
+    Limits:
+        Conflicts stay (64% of random triples), and every gradient is stretched to the longest: what is left of a task
+        that has arrived may be noise, and is then as long as the rest. Gradients of logarithms grow without bound as a
+        loss falls: one loss of 1e-6 made the whole update a million times longer. Trackers start at 0, so that with
+        ``beta = 0.9`` the first update is a tenth of its length.
+
     Example:
         >>> import torch, detente
         >>> J = torch.tensor([[3.0, 0.0], [0.0, 0.1]])

@@ -30,6 +30,11 @@ class DualProj(UPGrad):
     Raises:
         ValueError: ``preference`` does not sum to 1.
 
+    Limits:
+        A task that conflicts with the mean gets a product of exactly 0: to first order it stands still while the others
+        progress. As the mean follows the longest gradient, this falls to the tasks with small losses or units. Near
+        Pareto-stationary points the update vanishes: 0.009 long for two unit gradients at 179 degrees.
+
     Example:
         >>> import torch, detente
         >>> J = torch.tensor([[3.0, 0.0], [-1.0, 1.0]])

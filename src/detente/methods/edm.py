@@ -44,6 +44,11 @@ class EDM(GramianMethod):
         zero_rows: ``"drop"`` or ``"keep"`` tasks with a zero gradient (kept: the update is zero).
         heads: gradient of task-specific parameters, ``"own"`` (default) or ``"weighted"``.
 
+    Limits:
+        The shortest gradient sets the length: beside a gradient of 0.001 a unit gradient gives an update of 0.0014, so
+        that one task that has arrived slows down all others. It also steers as much as any other when only noise is
+        left of it. The update vanishes as gradients become opposite: 0.009 long for two unit gradients at 179 degrees.
+
     Example:
         >>> import torch, detente
         >>> J = torch.tensor([[1.0, 0.0], [0.0, 3.0]])

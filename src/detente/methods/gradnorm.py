@@ -41,6 +41,12 @@ class GradNorm(GramianMethod):
     Raises:
         ValueError: an option is out of range, a loss is not positive, or ``layer`` is no shared parameter of the step.
 
+    Limits:
+        A task with a short gradient takes nearly all of the weights, which sum to T: with norms 1 and 0.001 they went
+        to 0.002 and 1.998, and the update became 350 times shorter. The loss of the first batch is the yardstick for
+        good. A task that cannot improve lags for ever: beside a loss that fell by 0.5% per step it had 1.97 of 2 after
+        600 steps.
+
     Example:
         >>> import torch, detente
         >>> J, method = torch.tensor([[1.0, 0.0], [0.0, 3.0]]), detente.GradNorm(lr=0.05)

@@ -18,14 +18,18 @@ class GradOPS(GramianMethod):
             p_i = g_i                                            else
         d = sum_i p_i
 
-    Strongly non-conflicting: no order, no task is hurt. Where gradients are dependent, as with more tasks than
-    parameters, nothing is left of the conflicting ones. Without conflicts the update is the sum of the gradients.
+    Strongly non-conflicting: no order, no task is hurt. Without conflicts the update is the sum of the gradients.
 
     Task-specific parameters follow their own loss.
 
     Args:
         zero_rows: ``"drop"`` or ``"keep"`` tasks with a zero gradient; they have no influence either way.
         heads: gradient of task-specific parameters, ``"own"`` (default) or ``"weighted"``.
+
+    Limits:
+        Where gradients are dependent, as with more tasks than parameters, nothing is left of the conflicting ones. One
+        conflict, however weak, costs all that lies in the span of the others, so that the update jumps: turning one of
+        three gradients by 0.000002 radians shortened it from 2.2 to 1.0.
 
     Example:
         >>> import torch, detente

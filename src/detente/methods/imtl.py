@@ -28,6 +28,11 @@ class IMTL(IMTLG):
     Raises:
         ValueError: ``lr`` is not positive, or a loss is not.
 
+    Limits:
+        The half for the losses does not change the direction of the shared update, which in :class:`IMTLG` does not
+        depend on loss scales; it changes the length, and the heads. Losses that tend to 0 get scales without bound, and
+        with them the update its length. For the rest see the limits of :class:`IMTLG` and :class:`IMTLL`.
+
     Example:
         >>> import torch, detente
         >>> J = torch.tensor([[1.0, 0.0], [0.0, 3.0]])

@@ -18,16 +18,21 @@ class IMTLG(GramianMethod):
         a_i = (x_i / n_i) / sum_k (x_k / n_k)
         d   = sum_i a_i g_i                   sum a = 1
 
-    Rescaling one loss does not change the direction, up to its sign. Coefficients may be negative, and grow without
-    bound where the denominator tends to 0; where it is 0 up to rounding (as for opposite gradients) the update is zero.
-    The paper uses gradients of the shared representation: ``source="features"``. :class:`IMTL` adds the balance of
-    losses.
+    Rescaling one loss does not change the direction, up to its sign. Where the denominator is 0 up to rounding (as for
+    opposite gradients) the update is zero. The paper uses gradients of the shared representation:
+    ``source="features"``. :class:`IMTL` adds the balance of losses.
 
     Task-specific parameters follow their own loss.
 
     Args:
         zero_rows: ``"drop"`` or ``"keep"`` tasks with a zero gradient (kept: they do not change the others).
         heads: gradient of task-specific parameters, ``"own"`` (default) or ``"weighted"``.
+
+    Limits:
+        Coefficients may be negative, and grow without bound where the denominator tends to 0 (39 in the worst of 500
+        random triples). The common projection may be negative, and then the update goes against *all* tasks: so it did
+        for 1% of random triples, while two tasks are safe. The shortest gradient sets the length: 0.0014 for norms 1
+        and 0.001.
 
     Example:
         >>> import torch, detente

@@ -36,6 +36,12 @@ class IMTLL(LossWeighting):
     Raises:
         ValueError: ``lr`` is not positive, or a loss is not.
 
+    Limits:
+        It sees losses and no gradients: a small loss gets a large weight, also where its gradient is already the
+        longest. The weight goes to ``1 / L``, without bound as a loss tends to 0. It is late for losses far from 1:
+        with the default ``lr`` it takes 325 steps to fit a loss of 0.001 to within 10%, and more than 1000 for a loss
+        of 100.
+
     Example:
         >>> import torch, detente
         >>> method = detente.IMTLL(lr=0.1)

@@ -29,6 +29,11 @@ class LossPower(EpochWeighting):
     Raises:
         ValueError: an option is out of range, or a loss is not positive.
 
+    Limits:
+        The units of the losses decide: with losses 100 and 1 the first has 99% of the weight. A task that cannot
+        improve keeps the largest loss, and with it the priority, for good. The weights are those of the last epoch, and
+        equal in the first.
+
     Example:
         >>> import torch, detente
         >>> method = detente.LossPower(gamma=1.0)

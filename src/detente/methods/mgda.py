@@ -15,8 +15,8 @@ class MGDA(GramianMethod):
 
     ``d = J'a`` with ``a = argmin over the simplex of ||J'a||`` (Sener and Koltun 2018, Eq. 3). It never conflicts
     with a task and is zero exactly at Pareto-stationary points. CAGrad tends to its direction for large ``c``.
-    A task with a small gradient takes most of the weight. With ``zero_rows="keep"`` a task with a zero gradient
-    takes all of it and the update is zero, as in the textbook. Solved exactly. ::
+    With ``zero_rows="keep"`` a task with a zero gradient takes all of the weight and the update is zero, as in the
+    textbook. Solved exactly. ::
 
         c_i = 1, n_i, L_i or L_i n_i                      normalise = "none", "l2", "loss", "loss+"
         a   = argmin_{a >= 0, sum a = 1} || sum_i a_i g_i / c_i ||
@@ -36,6 +36,12 @@ class MGDA(GramianMethod):
 
     Raises:
         ValueError: an option is unknown; a loss is not positive where losses normalise.
+
+    Limits:
+        It follows the task with the smallest gradient: of the gradients (1, 0) and (0, 0.001) the second has 99.9999%
+        of the weight, and the update is 0.001 long. So a task that has arrived, or a loss in a small unit, sets
+        direction and length for all. It stops at the first Pareto-stationary point it meets: on the toy from four of
+        five starts elsewhere than at the best mean.
 
     Example:
         >>> import torch, detente

@@ -23,8 +23,7 @@ class MoDo(GramianMethod):
         d = sum_i l_i g_i                                      gradients of a third batch
 
     With ``batches=1`` (the default) one batch serves for all three; ``batches=3`` is the paper's double sampling, whose
-    products ``J1 J2'`` are unbiased, and needs :func:`detente.step` (with 2 the first batch serves twice). Not
-    scale-equivariant: ``gamma`` is measured in units of squared gradients.
+    products ``J1 J2'`` are unbiased, and needs :func:`detente.step` (with 2 the first batch serves twice).
 
     Task-specific parameters follow the weighted loss.
 
@@ -37,6 +36,11 @@ class MoDo(GramianMethod):
 
     Raises:
         ValueError: an option is out of range.
+
+    Limits:
+        ``gamma`` is measured in units of squared gradients, and no default fits all. At gradients of length 10 the
+        weights jumped from one task to the other in every step. At 0.01 and 0.02 they were still equal to three digits
+        after 2000 steps, where MGDA has 0.8 and 0.2.
 
     Example:
         >>> import torch, detente

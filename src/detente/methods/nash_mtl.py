@@ -42,6 +42,12 @@ class NashMTL(GramianMethod):
     Raises:
         ValueError: an option is out of range.
 
+    Limits:
+        The length does not shrink near a solution, so that a constant learning rate circles around it: decay it.
+        Coefficients explode as gradients become opposite (81 at 179 degrees, 8100 at 179.99) and are 0 at 180. With
+        ``update_every`` above 1, old coefficients meet new gradients: 10 times as long, they make the update 10 times
+        as long.
+
     Example:
         >>> import torch, detente
         >>> J = torch.tensor([[100.0, 0.0], [0.0, 0.01]])

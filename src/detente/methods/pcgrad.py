@@ -35,6 +35,12 @@ class PCGrad(Seeded, GramianMethod):
         zero_rows: whether tasks with a zero gradient count in the mean.
         heads: gradient of task-specific parameters, ``"own"`` (default) or ``"weighted"``.
 
+    Limits:
+        From three tasks on, a later projection can undo an earlier one: 4% of random triples in five dimensions ended
+        in conflict, and 10% with one gradient ten times as long. Long gradients still decide: of (100, 0) and (-0.5,
+        0.8) the second task gains next to nothing (cosine 0.008). The update vanishes as two gradients become opposite:
+        0.03 long for unit gradients at 179 degrees.
+
     Example:
         >>> import torch, detente
         >>> J = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])

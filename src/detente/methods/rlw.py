@@ -28,6 +28,11 @@ class RLW(Seeded, LossWeighting):
     Raises:
         ValueError: the distribution is unknown.
 
+    Limits:
+        It resolves nothing: on average it is the mean gradient, and the rest is noise. The weights sum to 1, so that
+        steps are T times shorter than those of ``sum(losses)``. It was behind equal weights in the three comparisons of
+        all methods in docs/results (on digits by 1.5 points of delta-m), though not beyond chance.
+
     Example:
         >>> import torch, detente
         >>> w = detente.RLW(seed=0).weights(torch.ones(3))

@@ -24,6 +24,11 @@ class SI(LossWeighting):
     Raises:
         ValueError: a loss is not positive; ``epsilon`` is negative.
 
+    Limits:
+        The loss nearest to 0 takes over: a loss of 0.000001 has ten million times the weight of a loss of 10. Nothing
+        bounds the weights as losses fall, so that steps grow during training; ``epsilon`` bounds them. Losses that
+        reach 0, such as a hinge loss, are an error without it.
+
     Example:
         >>> import torch, detente
         >>> detente.SI().weights(torch.tensor([4.0, 0.5])).tolist()

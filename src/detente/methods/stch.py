@@ -34,6 +34,11 @@ class STCH(EpochWeighting):
     Raises:
         ValueError: an option is out of range, or a loss is not positive.
 
+    Limits:
+        At ``mu = 1``, the default, the weights keep their proportions of ``1 / nadir_i`` whatever the losses do: after
+        the warm-up only the length of the update adapts. One epoch sets the nadirs for good. A training of no more than
+        ``warmup + 1`` epochs is :class:`SI`, as in two of the comparisons of docs/results.
+
     Example:
         >>> import torch, detente
         >>> method = detente.STCH(warmup=0)

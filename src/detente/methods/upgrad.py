@@ -43,6 +43,11 @@ class UPGrad(Centred):
     Raises:
         ValueError: ``preference`` does not sum to 1.
 
+    Limits:
+        Long gradients still decide: of (100, 0) and (-0.5, 0.8) the second task gains next to nothing (cosine 0.008),
+        so the units of the losses matter. The update vanishes near Pareto-stationary points: 0.017 long for two unit
+        gradients at 179 degrees.
+
     Example:
         >>> import torch, detente
         >>> J = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])

@@ -29,6 +29,11 @@ class UW(LossWeighting):
     Raises:
         ValueError: ``lr`` is not positive.
 
+    Limits:
+        It sees losses and no gradients. The weight goes to ``1 / (2 L)``, without bound as a loss tends to 0; a
+        negative loss drives it up for ever, to 4e16 after 500 steps at a loss of -1. It is late for losses far from 1:
+        with the default ``lr`` it takes 273 steps to fit a loss of 10 to within 10%, and 1429 for 100.
+
     Example:
         >>> import torch, detente
         >>> method = detente.UW()
