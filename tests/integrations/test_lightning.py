@@ -97,6 +97,19 @@ def test_accumulation_and_gradient_scalers(tmp_path, accumulate, scaler):
         assert found.trainer.precision_plugin.scaler.get_scale() > 1024
 
 
+def test_a_recorder_around_the_fit(tmp_path):
+    """Sees every step, changes nothing, and knows what each step changed when the next one begins."""
+    plain = fit(tmp_path, model_with(), max_epochs=2)
+    model = model_with()
+    with detente.Recorder(model, tmp_path / "run.jsonl", every=2) as recorder:
+        fit(tmp_path, model, max_epochs=2)
+    assert error(state(model), state(plain)) == 0
+    found = detente.diagnostics.Recording.load(recorder.path)
+    assert found.steps.tolist() == list(range(0, recorder.steps, 2))
+    assert torch.from_numpy(found.predicted).isfinite().all()
+    assert set(found.methods) == {model.method.name}
+
+
 def test_manual_optimization(tmp_path):
     class Manual(EXAMPLE.Model):  # type: ignore[name-defined,misc]
         automatic_optimization = False
