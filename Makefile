@@ -1,5 +1,6 @@
 # make demo: compare the methods on real digits.  make test: run all tests.  Both need only Python 3.10 to 3.13.
 # make test-long: the matrix of set-ups on several processes, and every preset, which CI runs too.
+# make docs: write the documentation site into site/; a link that leads nowhere is an error.
 # make bench: set detente beside its peers, in an environment of its own (see benchmarks/README.md).
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # two threads under contention are many times slower than one
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-long lint bench bench-agreement bench-solvers bench-steps bench-memory bench-distributed bench-driver bench-disjoint bench-sac clean
+.PHONY: demo test test-long lint docs bench bench-agreement bench-solvers bench-steps bench-memory bench-distributed bench-driver bench-disjoint bench-sac clean
 
 demo: .venv/compare
 	$(BIN)/detente compare digits --out runs/demo
@@ -24,6 +25,10 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python scripts/generate.py --check
+	$(BIN)/python scripts/pages.py --check
+
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .venv/python:
 	$(PYTHON) -m venv .venv
@@ -38,8 +43,14 @@ lint: .venv/dev
 	$(PIP) --editable ".[compare]"
 	touch $@
 
+# LibMTL, for the migration pages, asks for torchvision, which it does not need here
 .venv/dev: .venv/torch pyproject.toml
 	$(PIP) --editable ".[compare,dev]"
+	$(PIP) --no-deps LibMTL==1.1.5
+	touch $@
+
+.venv/docs: .venv/torch pyproject.toml
+	$(PIP) --editable ".[docs]"
 	touch $@
 
 # the peer library and its solvers, which detente itself never needs

@@ -1,4 +1,4 @@
-"""What a recorder costs: on the small U-Net of `scenes`, beside a plain loop and beside CAGrad, and the size of its file.
+"""What a recorder costs: on the small U-Net of `scenes`, beside a plain loop and CAGrad, and the size of its file.
 
 ``python benchmarks/recorder.py`` prints the table and writes benchmarks/results/recorder.md. Steps with and without a
 record alternate in one run, so that a busy machine slows both down alike.
