@@ -318,3 +318,67 @@ def test_a_device_that_is_not_there_is_told(tmp_path):
 def test_options_that_cannot_be_are_one_message(tmp_path, options, message):
     assert message in refused("compare", TINY, *options, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def broken(directory: Path, old: str, new: str) -> Path:
+    """The tiny problem with a mistake in it."""
+    text = TINY.read_text()
+    assert old in text
+    path = directory / "broken.py"
+    path.write_text(text.replace(old, new))
+    return path
+
+
+def test_what_nobody_asked_for_and_the_model_cannot_do_is_left_out(tmp_path):
+    """Connection strength is among the defaults, and needs norms."""
+    problem = broken(tmp_path, "nn.BatchNorm1d(8), ", "")
+    done = run("compare", problem, "--epochs", "1", "--seeds", "1", "--jobs", "1", "--out", tmp_path / "out")
+    assert done.code == 0, done.text
+    assert "connection_strength is left out: no shared layer with a task norm was found in the model." in done.out
+    assert (tmp_path / "out/runs/cagrad").exists()
+    asked = run("compare", problem, "--methods", "connection_strength", "--epochs", "1", "--seeds", "1", "--jobs", "1",
+                "--out", tmp_path / "asked")  # fmt: skip
+    assert asked.code == 1
+    assert "failed connection_strength seed 0" in asked.out
+
+
+def test_a_mistake_in_the_file_is_told_once_with_its_line(tmp_path):
+    problem = broken(tmp_path, "return {task: (outputs", "return {task: 0 * model.nothing + (outputs")
+    done = run("compare", problem, "--methods", "cagrad", "--epochs", "1", "--seeds", "1", "--jobs", "1",
+               "--out", tmp_path / "out")  # fmt: skip
+    assert done.code == 1
+    assert done.out.count("has no attribute 'nothing'") == 1
+    line = 1 + problem.read_text().partition("return {task: 0 * model.nothing")[0].count("\n")
+    assert f"(broken.py, line {line}, in " in done.out
+    assert "4 runs failed" in done.out
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            ".square().mean() for",
+            ".square() for",
+            "must be a scalar tensor; it has shape (16,). Did you forget .mean()?",
+        ),
+        (
+            ".square().mean() for",
+            ".square().mean().item() for",
+            "must be a scalar tensor; got float. Did you call .item()?",
+        ),
+    ],
+)
+def test_losses_that_are_none_are_told_in_every_run(old, new, message, tmp_path):
+    problem = broken(tmp_path, old, new)
+    done = run("compare", problem, "--methods", "cagrad", "--epochs", "1", "--seeds", "1", "--jobs", "1",
+               "--out", tmp_path / "out")  # fmt: skip
+    assert done.code == 1
+    assert done.out.count(message) <= 2  # once for each task it is said of
+    assert message in done.out
+
+
+def test_tasks_without_figures_are_told(tmp_path):
+    old = 'tasks = {"sum": {"mse": "min"}, "sign": {"accuracy": "max", "mse": "min"}}'
+    done = run("compare", broken(tmp_path, old, 'tasks = ["sum", "sign"]'), "--out", tmp_path / "out")
+    assert done.code == 2
+    assert "tasks must say which way every figure is better" in done.err

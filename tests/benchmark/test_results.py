@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import math
 from pathlib import Path
 
@@ -224,3 +225,17 @@ def test_the_same_run_twice_is_an_error(tmp_path):
     write_job(tmp_path, "copy", make_job("digits", DIGITS, "gd", 0, 2, 0.0))
     with pytest.raises(ResultError, match="are the same run"):
         load_comparison(tmp_path)
+
+
+def test_verdict_names_the_task_that_pays(tmp_path):
+    """Better as a whole may be much better in one figure and worse in another."""
+    noise = (0.999, 1.0, 1.001)
+    values = {
+        "gd": [(0.80 * n, 20.0 * n, 4.0) for n in noise],
+        "mgda": [(0.60 * n, 10.0 * n, 2.0) for n in noise],
+        "cagrad": [(0.79 * n, 15.0 * n, 3.0) for n in noise],
+    }
+    text = verdict(load_comparison(write(tmp_path, values, SINGLE)))
+    assert "mgda is better than equal weights" in text
+    assert re.search(r"But mgda pays with \w+, whose \w+ is 0.6 instead of 0.8\.", text)
+    assert "But cagrad" not in text  # a figure that is worse by 1%

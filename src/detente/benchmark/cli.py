@@ -48,10 +48,11 @@ from detente.benchmark.job import Event
 from detente.benchmark.plan import Plan, prepare
 from detente.benchmark.problem import Problem, list_problems, load_problem, setting
 from detente.benchmark.protocol import PROTOCOLS
-from detente.benchmark.specs import parse_methods
+from detente.benchmark.specs import Spec, parse_methods
 from detente.benchmark.tune import chosen_of, tune
 from detente.diagnostics import Recording, diagnose
 from detente.method import describe, list_methods, method_class
+from detente.nn import convert_task_norm
 
 app = typer.Typer(
     help="Compare methods for conflicting task gradients, honestly, on your problem or a built-in one.",
@@ -220,13 +221,11 @@ def compare(
     started = time.monotonic()
     with _interruptible(), run:
         failures = _compare(plan, root, run, asked["tuned"])
-    for name, message in failures.items():
-        console.print(f"[red]failed[/red] {escape(name)}: {escape(message)}", highlight=False, soft_wrap=True)
     if any(root.glob("runs/*/seed-*/result.json")):
         _show(root, loaded.module)
     console.print(f"Took {time.monotonic() - started:.0f} s.")
     if failures:
-        console.print(f"{len(failures)} runs failed, see above. The same command runs them again; the others are kept.")
+        _reported(failures)
         raise typer.Exit(1)
 
 
@@ -298,7 +297,10 @@ def _given(written: Mapping[str, Any], options: Mapping[str, Any], assignments: 
 
 def _plan(problem: Problem, asked: Mapping[str, Any], given: Mapping[str, Any]) -> Plan:
     settings = problem.settle(given, asked["preset"])
-    specs = parse_methods(_listed(asked["methods"] or getattr(problem.module, "methods", DEFAULT_METHODS)))
+    wanted = _listed(asked["methods"] or getattr(problem.module, "methods", DEFAULT_METHODS))
+    specs = parse_methods(wanted)
+    if not asked["methods"] or wanted == "all":
+        specs = _applicable(problem, specs, settings)
     if problem.whole and asked["seeds"]:
         raise ValueError(f"problem {problem.name!r} runs a fixed set of starts; leave out seeds.")
     if problem.whole and any(asked[key] for key in ("tune", "tuned", "sweep", "extract", "wider")):
@@ -323,6 +325,37 @@ def _plan(problem: Problem, asked: Mapping[str, Any], given: Mapping[str, Any]) 
         controls.append(wider(problem, settings, data))
     trials = setting("tune", _given_or(asked["tune"], 0), like=1)
     return Plan(problem, specs, range(count), settings, data, controls, trials)
+
+
+def _applicable(problem: Problem, specs: Sequence[Spec], settings: Mapping[str, Any]) -> list[Spec]:
+    """The methods without those, asked for by nobody, that need what the model lacks."""
+    if not problem.supervised or all(spec.method != "connection_strength" for spec in specs):
+        return list(specs)
+    tasks = tuple(problem.tasks)
+    model = convert_task_norm(problem.make_model(tasks, settings), tasks)
+    kept = []
+    for spec in specs:
+        if "model" in method_class(spec.method).needs:
+            try:
+                spec.build(model, settings["epochs"], 0)
+            except ValueError as error:
+                reason = str(error).partition(". ")[0]
+                console.print(f"{spec.label} is left out: {reason}.", highlight=False, markup=False, soft_wrap=True)
+                continue
+        kept.append(spec)
+    return kept
+
+
+def _reported(failures: Mapping[str, str]) -> None:
+    """Every error once, with the runs that ended by it."""
+    runs: dict[str, list[str]] = {}
+    for name, message in failures.items():
+        runs.setdefault(message, []).append(name)
+    for message, names in runs.items():
+        which = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        console.print(f"[red]failed[/red] {escape(which)}: {escape(message)}", highlight=False, soft_wrap=True)
+    runs_failed = "1 run" if len(failures) == 1 else f"{len(failures)} runs"
+    console.print(f"{runs_failed} failed, see above. The same command runs them again; the others are kept.")
 
 
 def _given_or(value: Any, default: Any) -> Any:

@@ -73,6 +73,7 @@ from torch.utils.data import Dataset
 
 import detente.benchmark.problems as builtin
 from detente.benchmark.protocol import PROTOCOLS, SELECTIONS, score
+from detente.losses import named_losses
 from detente.method import Choice, Range, one_of
 
 if TYPE_CHECKING:
@@ -242,6 +243,8 @@ class Problem:
 
     def losses(self, model: nn.Module, batch: Any, tasks: tuple[str, ...]) -> dict[str, Tensor]:
         losses = dict(self.module.losses(model, batch, tasks))
+        if torch.is_grad_enabled():
+            named_losses(losses, any_number=True)
         more = [task for task in losses if task not in tasks]
         if more:
             raise ValueError(
@@ -411,6 +414,11 @@ def load_problem(source: str) -> Problem:
         raise ValueError(
             f"problem file {source!r} does not define {', '.join(missing)}. A problem needs {', '.join(REQUIRED)}; "
             "see examples/own_problem.py or help('detente.benchmark.problem')."
+        )
+    if not isinstance(module.tasks, Mapping) or not all(isinstance(m, Mapping) for m in module.tasks.values()):
+        raise ValueError(
+            f"problem {name!r}: tasks must say which way every figure is better, as in "
+            f'{{"depth": {{"error": "min"}}}}; got {module.tasks!r}.'
         )
     tasks = {task: dict(metrics) for task, metrics in module.tasks.items()}
     for task, metrics in tasks.items():

@@ -320,6 +320,10 @@ def differences(comparison: Comparison, reference: str = EQUAL) -> tuple[Differe
     return tuple(sorted(items, key=lambda item: (-item.points.mean, item.label)))
 
 
+PRICE = 0.05
+"""Relative loss in a figure from which a method that is better as a whole is said to pay for it."""
+
+
 def verdict(comparison: Comparison) -> str:
     """A few plain sentences: is any method better or worse than equal weights, and than the best fixed ones; how sure?
 
@@ -361,7 +365,25 @@ def verdict(comparison: Comparison) -> str:
     unsure = [item.label for item in found if item not in sure]
     names = _listed(unsure) if 0 < len(unsure) <= 6 else f"The other {len(unsure)} methods"
     rest = f" {names} cannot be told from {equals}." if unsure else ""
-    return f"{none}On {comparison.problem} over {n} seeds, {text}.{rest}{beside}{gone} {test}"
+    paid = "".join(_price(comparison, equal, item.label) for item in better[:NAMED])
+    return f"{none}On {comparison.problem} over {n} seeds, {text}.{paid}{rest}{beside}{gone} {test}"
+
+
+def _price(comparison: Comparison, equal: Row, label: str) -> str:
+    """The sentence on the figure that a better method makes worst, where it is worse by a lot; else empty."""
+    row = comparison.row(label)
+    assert row is not None
+    worst, what = 0.0, ("", "")
+    for (task, metric), estimate in row.metrics.items():
+        before, sign = equal.metrics[task, metric].mean, 1 if comparison.tasks[task][metric] == "max" else -1
+        loss = sign * (before - estimate.mean) / abs(before) if before else 0.0
+        if loss > worst:
+            worst, what = loss, (task, metric)
+    if worst < PRICE:
+        return ""
+    task, metric = what
+    figures = f"{row.metrics[what].mean:.3g} instead of {equal.metrics[what].mean:.3g}"
+    return f" But {label} pays with {task}, whose {metric} is {figures}."
 
 
 def _against_fixed(comparison: Comparison) -> str:

@@ -359,8 +359,16 @@ def work(job: Job, root: Path, progress: Progress) -> str | None:
     except Exception as error:
         trace = traceback.format_exc()
         (job.directory(root) / "error.txt").write_text(trace)
-        return ": ".join([type(error).__name__, *([str(error)] if str(error) else [])])
+        return ": ".join([type(error).__name__, *([str(error)] if str(error) else [])]) + _place(error, job.problem)
     return None
+
+
+def _place(error: BaseException, source: str) -> str:
+    """Where in the user's problem file it happened, if it did."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == source]
+    if not frames:
+        return ""
+    return f" ({Path(source).name}, line {frames[-1].lineno}, in {frames[-1].name}: {frames[-1].line})"
 
 
 def unfinished(jobs: Sequence[Job], root: Path, progress: Progress) -> list[Job]:

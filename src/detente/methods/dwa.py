@@ -33,8 +33,7 @@ class DWA(EpochWeighting):
     Limits:
         It hardly reacts: a task that stalls beside one whose loss halves per epoch gets 1.12 and the other 0.88. It
         sees only ratios of losses, so that a loss 100 times as large keeps a gradient 100 times as long. Near 0 the
-        ratio is noise: a loss that went from 0.0001 to 0.002 took all the weight. A training of two epochs is plain
-        equal weights.
+        ratio is noise: a loss that went from 0.0001 to 0.002 took all the weight.
 
     Example:
         >>> import torch, detente

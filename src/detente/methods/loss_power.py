@@ -31,8 +31,7 @@ class LossPower(EpochWeighting):
 
     Limits:
         The units of the losses decide: with losses 100 and 1 the first has 99% of the weight. A task that cannot
-        improve keeps the largest loss, and with it the priority, for good. The weights are those of the last epoch, and
-        equal in the first.
+        improve keeps the largest loss, and with it the priority, for good.
 
     Example:
         >>> import torch, detente
