@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import html
 import inspect
 import re
 import sys
@@ -13,6 +14,9 @@ from pathlib import Path
 from detente.method import Method, describe, registry
 
 ROOT = Path(__file__).parents[1]
+HEADINGS = {"Args": "Options", "Limits": "When it fails"}
+TOY = "its trajectories on the toy problem"
+RIGHT = {"connection_strength": "how strongly two tasks use the channels of a trained layer"}
 
 
 def stub() -> str:
@@ -47,7 +51,7 @@ present and absent ones alike.
 
 
 def page(cls: type[Method]) -> str:
-    """``docs/methods/<name>.md``: formula, options, example, properties and citation of one method."""
+    """``docs/methods/<name>.md``: picture, formula, options, limits, example, properties and citation of one method."""
     row = describe(cls)
     lines = [
         f"# {row['class']}",
@@ -57,6 +61,8 @@ def page(cls: type[Method]) -> str:
         "```python",
         f"detente.{row['class']}({signature(cls)})",
         "```",
+        "",
+        *picture(cls),
         "",
         *body(inspect.getdoc(cls) or ""),
         "",
@@ -82,6 +88,18 @@ def signature(cls: type[Method]) -> str:
     return ", ".join(parts)
 
 
+def picture(cls: type[Method]) -> list[str]:
+    """The drawing of ``scripts/pictures.py``, and its caption, which is the title in the file."""
+    path = ROOT / f"docs/images/methods/{cls.name}.svg"
+    if not path.exists():
+        raise SystemExit(f"{path.relative_to(ROOT)} is missing; run python scripts/pictures.py {cls.name}")
+    found = re.search("<title>(.*?)</title>", path.read_text(), re.DOTALL)
+    assert found is not None
+    caption = html.unescape(found[1])
+    alt = f"Two panels: what {cls.__name__} makes of conflicting gradients, and {RIGHT.get(cls.name, TOY)}"
+    return [f"![{alt}](../images/methods/{cls.name}.svg)", "", f"*{caption}*"]
+
+
 def markdown(text: str) -> str:
     """The docstrings' reStructuredText marks as Markdown."""
     text = re.sub(r":(?:class|meth|func|attr):`[~.]?([^`]+)`", r"`\1`", text)
@@ -99,9 +117,9 @@ def body(doc: str) -> list[str]:
             while lines and not lines[-1]:
                 lines.pop()
             lines += ["```", ""]
-        if line in ("Args:", "Raises:", "Example:"):
+        if line in ("Args:", "Raises:", "Limits:", "Example:"):
             section = line[:-1]
-            lines += [f"## {'Options' if section == 'Args' else section}", ""]
+            lines += [f"## {HEADINGS.get(section, section)}", ""]
             if section == "Example":
                 lines.append("```python")
         elif section == "Example" and line.strip():
@@ -111,6 +129,8 @@ def body(doc: str) -> list[str]:
             name, colon, rest = text.partition(": ")
             start = f"- `{name}`: {rest}" if colon and not text.startswith(" ") else f"  {text.strip()}"
             lines.append(markdown(start))
+        elif section == "Limits" and line.strip():
+            lines.append(markdown(line[4:]))
         elif line.rstrip().endswith("::"):
             lines += [markdown(line.rstrip()[:-2].rstrip()), "", "```text"]
             fenced = True
