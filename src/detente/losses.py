@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 
-__all__ = ["Losses", "check_finite", "named_losses"]
+__all__ = ["Losses", "check_finite", "named_losses", "without_graph"]
 
 Losses = Mapping[str, Tensor] | Sequence[Tensor]
 
@@ -53,3 +55,17 @@ def check_finite(losses: Mapping[str, Tensor]) -> None:
                 "or log(0) in this loss. Nothing was written. (Under a gradient scaler pass scale=scaler.get_scale(), "
                 "and the step is skipped instead.)"
             )
+
+
+T = TypeVar("T")
+
+
+def without_graph(compute: Callable[[], T]) -> T:
+    """What ``compute`` returns, without building a graph unless it takes derivatives itself (losses of PINNs)."""
+    try:
+        with torch.no_grad():
+            return compute()
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+    return compute()

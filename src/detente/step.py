@@ -15,7 +15,7 @@ from detente.engine.distributed import Counts, Processes
 from detente.engine.grad import pull
 from detente.engine.graph import Reach, listed
 from detente.engine.source import Disjoint, Every, Sampled
-from detente.losses import check_finite, named_losses
+from detente.losses import check_finite, named_losses, without_graph
 from detente.method import GramianMethod, LossWeighting, Method, Update, one_of, require_method
 from detente.watch import Seen, watchers
 
@@ -168,13 +168,16 @@ class _Session:
 
     def values(self) -> dict[str, float]:
         before = [torch.get_rng_state(), *_cuda_states()]
-        _set_states(self._random)
+
+        def again() -> Mapping[str, Tensor]:
+            _set_states(self._random)
+            return self.closure(self._here)
+
         try:
-            with torch.no_grad():
-                losses = self.closure(self._here) if self._here else {}
+            losses = without_graph(again) if self._here else {}
         finally:
             _set_states(before)
-        values = {task: float(losses[task]) for task in self._here}
+        values = {task: float(losses[task].detach()) for task in self._here}
         return values if self.among is None else self.among.means(values, self.options.counts, self.tasks)
 
     def resolve(self) -> Update:

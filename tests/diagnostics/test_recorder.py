@@ -273,6 +273,34 @@ def test_phases_and_priorities_of_connection_strength(tmp_path):
     assert all(sum(tasks.values()) == 8 for tasks in found.priorities[-1].values())
 
 
+@pytest.mark.parametrize("way", ["step", "observe"])
+def test_losses_that_are_derivatives_themselves(way, tmp_path):
+    """Those of physics-informed networks cannot be computed again without a graph."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def closure(tasks=None):
+        x = torch.linspace(0, 1, 9, dtype=torch.float64)[:, None].requires_grad_()
+        slope = torch.autograd.grad(model(x).sum(), x, create_graph=True)[0]
+        losses = {"equation": (slope - 1).square().mean(), "start": model(x[:1] * 0).square().mean()}
+        return {task: losses[task] for task in tasks or losses}
+
+    recorder = detente.Recorder(model, tmp_path / "run.jsonl", every=1, realised_every=1)
+    for _ in range(2):
+        if way == "step":
+            with recorder:
+                detente.step(closure, optimizer, detente.FAMO())
+        else:
+            losses = closure()
+            with recorder.observe(losses, again=closure):
+                sum(losses.values()).backward()
+                optimizer.step()
+            optimizer.zero_grad()
+    found = Recording.load(recorder.path)
+    assert found.realised == pytest.approx(found.predicted, rel=0.2)  # a short step
+
+
 def test_scaled_losses_are_noted_unscaled(tmp_path):
     found = []
     for scale in (1.0, 1024.0):

@@ -9,7 +9,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +25,7 @@ from detente.diagnostics.writers import Writer, scalars, write
 from detente.engine.distributed import Counts
 from detente.engine.jacobian import Jacobian, real
 from detente.gramian import Partition, cosines
-from detente.losses import Losses
+from detente.losses import Losses, without_graph
 from detente.method import Method, Update
 from detente.methods import ConnectionStrength
 from detente.watch import Seen, watching
@@ -223,7 +223,8 @@ class Recorder:
         found, among = step.found, step.among
         entry: dict[str, Any] = {"step": self.steps - 1, "time": round(time.time()), "tasks": list(step.named)}
         if self._log is None:
-            self._log = _Log(self, writing=among is None or dist.get_rank(among.group) == 0)
+            with nullcontext() if among is None else among.failing_together():
+                self._log = _Log(self, writing=among is None or dist.get_rank(among.group) == 0)
         values = torch.stack([loss.detach().double().cpu() for loss in step.named.values()])
         values = values if among is None else among.whole(values)
         entry["losses"] = (values / step.scale).tolist()
@@ -283,7 +284,7 @@ class Recorder:
         opened = self._open
         if opened is None:
             return
-        with self._recording():
+        with self._clock.paused():
             changes = self._changes(opened, again)
             if wait and not changes:
                 return
@@ -313,11 +314,11 @@ class Recorder:
         predicted /= opened.scale
         found: dict[str, Any] = {"predicted": predicted.tolist(), "length": length}
         if again is not None and opened.entry["step"] // self.every % self.realised_every == 0:
-            with self._undisturbed(), torch.no_grad():
-                values = again()
+            with self._undisturbed():
+                values = without_graph(again)
             if all(task in values for task in opened.entry["tasks"]):
-                after = [float(values[task]) / opened.scale for task in opened.entry["tasks"]]
-                realised = torch.tensor(after).double() - torch.tensor(opened.entry["losses"])
+                after = [torch.as_tensor(values[task]).detach().double().cpu() for task in opened.entry["tasks"]]
+                realised = torch.stack(after) / opened.scale - torch.tensor(opened.entry["losses"], dtype=torch.float64)
                 found["realised"] = realised.tolist()
                 found["curvature"] = (2 * (realised - predicted) / length**2).tolist()
         return found

@@ -2,8 +2,8 @@
 
 The set-up of FAMO (Liu et al. 2023): official splits, images of 64x64, a network of nine layers, binary cross-entropy,
 and an answer is yes where its probability is above one half. F1 is 0 while a network never says yes rightly, as happens
-for rare attributes early in training. So the epoch is chosen by the mean F1 on the validation split, as in the paper, and
-not by the mean logarithm as for other problems.
+for rare attributes early in training. So the epoch is chosen by the mean F1 on the validation split, as in the paper,
+and not by the mean logarithm as for other problems.
 """
 
 from __future__ import annotations
