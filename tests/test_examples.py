@@ -38,7 +38,7 @@ def test_no_example_is_left_out():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == HERE | ELSEWHERE
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_depth_and_segmentation(capsys):
     figures = run("depth_and_segmentation")
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(figures)
@@ -98,7 +98,7 @@ def test_the_exact_solution_of_the_pinn_solves_its_equation():
     assert pinn.exact(x.sign(), t)[x != 0].abs().max() < 1e-12
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_lora(capsys):
     figures = run("lora")
     assert figures["shared"] == [
@@ -117,7 +117,7 @@ def losses_in(text: str) -> dict[str, float]:
     return {task: float(value) for task, value in re.findall(r"(sine|step) ([\d.]+)", text)}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ddp_goes_on_from_its_checkpoint_with_any_number_of_processes(capsys, tmp_path):
     main = example("ddp").main
     start = main(epochs=0, path="start.pt")

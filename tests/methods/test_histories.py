@@ -802,3 +802,15 @@ def test_auto_lambda_with_a_task_missing():
         for t, value in before.items():
             assert (now[t] == value) == (t not in names)
         before = now
+
+
+@pytest.mark.parametrize("first", [1e-4, 3e-5, 1e-20, 1e-150])
+def test_excess_mtl_survives_a_tiny_first_gradient(first):
+    """Its excess grows by more than an exponential can hold; the weights stay finite, and can come back."""
+    method = detente.ExcessMTL()
+    J = torch.eye(2, dtype=torch.float64)
+    detente.aggregate(torch.diag(torch.tensor([first, 1.0], dtype=torch.float64)), method)
+    for _ in range(3):
+        d = detente.aggregate(J, method)
+        assert d.isfinite().all()
+        assert float(d.sum()) == pytest.approx(2)

@@ -91,23 +91,25 @@ class ExcessMTL(GramianMethod):
     def transform(self, rows: Sequence[Tensor], context: Context) -> None:
         wide = [buffer if buffer.dtype == torch.float64 else buffer.float() for buffer in rows]
         parts = [[buffer[i] for buffer in wide] for i in range(len(context.tasks))]
-        before = [self.squares.read(task, new) for task, new in zip(context.tasks, parts, strict=True)]
+        kept = [self.squares.read(task, new) for task, new in zip(context.tasks, parts, strict=True)]
         excess = []
-        for task, old, new in zip(context.tasks, before, parts, strict=True):
+        for task, old, new in zip(context.tasks, kept, parts, strict=True):
             seen = [s + g**2 for s, g in zip(old, new, strict=True)]
             self.squares.write(task, seen)
             risks = [(g**2 / (s + 1e-7).sqrt()).sum().double() for g, s in zip(new, seen, strict=True)]
             excess.append(torch.stack([risk.to(risks[0].device) for risk in risks]).sum())
-        for task, e in zip(context.tasks, torch.stack(excess).tolist(), strict=True):
+        raised = torch.zeros(len(context.tasks), dtype=torch.float64)
+        for t, (task, e) in enumerate(zip(context.tasks, torch.stack(excess).tolist(), strict=True)):
             if task in self.first:
-                grown = e / self.first[task] if self.first[task] > 0 else 0.0
-                self.shares[task] *= float(torch.tensor(self.eta * grown, dtype=torch.float64).exp())
+                raised[t] = min(self.eta * e / self.first[task], 1e300)
             elif e > 0:
                 self.first[task] = e
             self.shares.setdefault(task, 1.0)
-        size = sum(self.shares[task] for task in context.tasks)
-        for task in context.tasks:
-            self.shares[task] *= len(context.tasks) / size
+        before = torch.tensor([self.shares[task] for task in context.tasks], dtype=torch.float64)
+        # as logarithms, whose exponentials may overflow; a share of zero would never grow again
+        logs = before.clamp_min(torch.finfo(torch.float64).tiny).log() + raised
+        shares = len(context.tasks) * logs.softmax(0)
+        self.shares |= dict(zip(context.tasks, shares.tolist(), strict=True))
 
     def rule(self, gramian: Array, context: Context) -> Array:
         shares = torch.tensor([self.shares.get(t, 1.0) for t in context.tasks], dtype=torch.float64)
