@@ -176,7 +176,7 @@ def counts(""",
     options = ("--methods", "gd", "--seeds", "1", "--epochs", "1", "--batch-size", "12", "--out", out)
     outcome = run("compare", problem, *options, *LAUNCH)
     assert outcome.code == 1
-    assert "failed single-sum seed 0: RuntimeError: there is no sum here (" in outcome.out
+    assert "failed single-sum seed 0, gd seed 0: RuntimeError: there is no sum here (failing.py, line" in outcome.out
     assert ', in fail: raise RuntimeError("there is no sum here"))\n' in outcome.out
     assert "no sum here" in (out / "runs/single-sum/seed-0/error.txt").read_text()
     text = " ".join(outcome.out.split())
