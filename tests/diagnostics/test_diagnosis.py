@@ -135,5 +135,13 @@ def test_what_cannot_be_diagnosed_is_told(arguments, message, tmp_path, monkeypa
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
+def test_a_training_that_diverges_is_told_about_all_the_same(tmp_path):
+    told = run("diagnose", PLANTED, "--lr", "1e30", "--every", "1", "--out", tmp_path)
+    assert told.code == 0, told.text
+    assert "Diverged: " in told.out
+    assert "This is what was seen until then." in told.out
+    assert (tmp_path / "diagnosis.html").exists()
+
+
 def test_two_recordings_are_not_laid_side_by_side(tmp_path):
     assert "one at a time" in run("report", "a.jsonl", "b.jsonl").err

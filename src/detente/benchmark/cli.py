@@ -567,12 +567,12 @@ def diagnose_command(
         raise ValueError(f"problem {loaded.name!r} has no several losses on batches whose gradients could be compared.")
     root = out or Path(f"runs/{loaded.name}-diagnosis")
     with _locked(root), _live(f"{loaded.name}: diagnosis", 1) as monitor:
-        interrupted = record(
+        early = record(
             loaded, plan.specs[-1], plan.settings, root / "recording.jsonl", monitor,
             every=every, data=plan.data, seed=seed, device=check_device(device),
         )  # fmt: skip
-    if interrupted:
-        console.print("Interrupted: this is what was seen until then.", highlight=False)
+    if early is not None:
+        console.print(f"{early.rstrip('.')}. This is what was seen until then.", highlight=False, markup=False)
     _diagnose(root / "recording.jsonl", source, root / "diagnosis.html", loaded.name)
 
 

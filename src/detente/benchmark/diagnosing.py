@@ -29,11 +29,11 @@ def record(
     data: Path | None = None,
     seed: int = 0,
     device: str = "cpu",
-) -> bool:
+) -> str | None:
     """Train once on the training split, and write a recording; the test split is never looked at.
 
     Returns:
-        Whether it was interrupted, which leaves the recording of the steps so far.
+        Why it ended early, which leaves the recording of the steps so far; else None.
 
     Raises:
         ValueError: the problem has no losses on batches that could be recorded.
@@ -67,7 +67,9 @@ def record(
                 training.run_epoch(say)
                 say(training.epoch / settings["epochs"], training.line())
     except KeyboardInterrupt:
-        return True
+        return "Interrupted"
+    except FloatingPointError as error:
+        return f"Diverged: {error}"
     finally:
         progress(job.end())
-    return False
+    return None
