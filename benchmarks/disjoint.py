@@ -22,7 +22,7 @@ import detente
 from detente.engine.disjoint import Chunks
 from detente.engine.graph import reach
 from detente.engine.jacobian import Jacobian
-from detente.engine.source import trunk_rows
+from detente.engine.source import task_rows
 
 INPUTS, OUTPUTS = 39, 8
 NETWORKS = {"2 x 128": (128, 128), "3 x 400": (400, 400, 400)}
@@ -63,7 +63,9 @@ class Case:
 
     def rows_of_chunks(self, losses: list[Tensor]) -> Jacobian:
         found = reach(losses)
-        return trunk_rows(losses, found, Jacobian(found.shared, len(losses)), keep=False)
+        rows = Jacobian(found.shared, len(losses))
+        task_rows(losses, found, rows, keep=False)
+        return rows
 
     def rows_of_one_pass(self, losses: list[Tensor]) -> Jacobian:
         found = reach(losses)

@@ -9,6 +9,7 @@ import html
 import inspect
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from detente.method import Method, describe, registry
@@ -102,7 +103,7 @@ def picture(cls: type[Method]) -> list[str]:
 
 def markdown(text: str) -> str:
     """The docstrings' reStructuredText marks as Markdown."""
-    text = re.sub(r":(?:class|meth|func|attr):`[~.]?([^`]+)`", r"`\1`", text)
+    text = re.sub(r":(?:class|meth|func|attr|mod):`[~.]?([^`]+)`", r"`\1`", text)
     return text.replace("``", "`")
 
 
@@ -144,22 +145,28 @@ def body(doc: str) -> list[str]:
     return [*lines, "```"] if section == "Example" else lines
 
 
-def main() -> int:
-    pages = ROOT / "docs/methods"
-    targets = {ROOT / "src/detente/methods/__init__.pyi": stub(), ROOT / "docs/methods.md": table()}
-    targets |= {pages / f"{name}.md": page(cls) for name, cls in registry().items()}
+def settle(targets: Mapping[Path, str], folder: Path) -> int:
+    """Write the targets and delete other pages in the folder; with ``--check`` say which are stale instead."""
     stale = [path for path, text in targets.items() if not path.exists() or path.read_text() != text]
-    left = [path for path in pages.glob("*.md") if path not in targets]
+    left = [path for path in folder.glob("*.md") if path not in targets]
     if "--check" in sys.argv:
         for path in [*stale, *left]:
-            print(f"{path.relative_to(ROOT)} is stale; run python scripts/generate.py", file=sys.stderr)
+            script = Path(sys.argv[0]).name
+            print(f"{path.relative_to(ROOT)} is stale; run python scripts/{script}", file=sys.stderr)
         return bool(stale or left)
-    pages.mkdir(parents=True, exist_ok=True)
     for path, text in targets.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     for path in left:
         path.unlink()
     return 0
+
+
+def main() -> int:
+    pages = ROOT / "docs/methods"
+    targets = {ROOT / "src/detente/methods/__init__.pyi": stub(), ROOT / "docs/methods.md": table()}
+    targets |= {pages / f"{name}.md": page(cls) for name, cls in registry().items()}
+    return settle(targets, pages)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 import inspect
-import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from generate import markdown, settle
 
 from detente.benchmark.problem import DEFAULTS, Problem, list_problems, load_problem
 from detente.benchmark.protocol import PROTOCOLS
@@ -27,13 +26,6 @@ GROUPS = {
 }
 MANY = 5
 """Tasks from which on a table of all of them says nothing any more."""
-
-
-def markdown(text: str) -> str:
-    """A docstring's reStructuredText marks as Markdown."""
-    text = re.sub(r":(?:class|meth|func|attr|mod):`[~.]?([^`]+)`", r"`\1`", text)
-    text = text.replace("``", "`")
-    return re.sub(r"\.\. math::.*", "", text)
 
 
 def metrics(tasks: dict[str, dict[str, str]]) -> list[str]:
@@ -170,18 +162,7 @@ def main() -> int:
     targets |= {DOCS / f"problems/{name}.md": page(problem) for name, problem in problems.items()}
     reference = DOCS / "reference/methods.md"
     targets[reference] = with_classes(reference.read_text())
-    stale = [path for path, text in targets.items() if not path.exists() or path.read_text() != text]
-    left = [path for path in (DOCS / "problems").glob("*.md") if path not in targets]
-    if "--check" in sys.argv:
-        for path in [*stale, *left]:
-            print(f"{path.relative_to(ROOT)} is stale; run python scripts/pages.py", file=sys.stderr)
-        return bool(stale or left)
-    for path, text in targets.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    for path in left:
-        path.unlink()
-    return 0
+    return settle(targets, DOCS / "problems")
 
 
 if __name__ == "__main__":

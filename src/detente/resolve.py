@@ -32,7 +32,7 @@ from detente.engine.source import (
     mixed,
     spread,
     take,
-    trunk_rows,
+    task_rows,
 )
 from detente.gramian import Partition
 from detente.losses import check_finite
@@ -337,7 +337,8 @@ class Step:
             jacobian: Rows = Jacobian(found.shared, len(batch))
             if self.among is not None:
                 jacobian = self.among.rows(found.shared, len(batch), taken.partition, None)
-            each.append(trunk_rows(list(batch.values()), found, jacobian, self.among, keep=False))
+            task_rows(list(batch.values()), found, jacobian, self.among, keep=False)
+            each.append(jacobian)
         return each[-2].gramian(taken.partition, each[-1])  # type: ignore[arg-type]
 
     def _train_heads(

@@ -329,7 +329,7 @@ def _plan(problem: Problem, asked: Mapping[str, Any], given: Mapping[str, Any]) 
 
 def _applicable(problem: Problem, specs: Sequence[Spec], settings: Mapping[str, Any]) -> list[Spec]:
     """The methods without those, asked for by nobody, that need what the model lacks."""
-    if not problem.supervised or all(spec.method != "connection_strength" for spec in specs):
+    if not problem.supervised or not any("model" in method_class(spec.method).needs for spec in specs):
         return list(specs)
     tasks = tuple(problem.tasks)
     model = convert_task_norm(problem.make_model(tasks, settings), tasks)
@@ -558,7 +558,7 @@ def diagnose_command(
     until then is told.
     """
     if source.endswith(".jsonl"):
-        _diagnose(Path(source), None, Path(source).with_suffix(".html"), Path(source).stem)
+        _show_recording(Path(source))
         return
     options = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
     asked, loaded = _asked({"problem": source, "methods": method, "data": data, "preset": preset}, {}, False)
@@ -573,14 +573,15 @@ def diagnose_command(
         )  # fmt: skip
     if early is not None:
         console.print(f"{early.rstrip('.')}. This is what was seen until then.", highlight=False, markup=False)
-    _diagnose(root / "recording.jsonl", source, root / "diagnosis.html", loaded.name)
+    _show_recording(root / "recording.jsonl", source, root / "diagnosis.html", loaded.name)
 
 
-def _diagnose(path: Path, problem: str | None, page: Path, title: str) -> None:
+def _show_recording(path: Path, problem: str | None = None, page: Path | None = None, title: str | None = None) -> None:
+    """Print what a recording means, and write its page: beside the file, if not told otherwise."""
     recording = Recording.load(path)
     found = diagnose(recording, problem)
     console.print(str(found), markup=False, highlight=False, soft_wrap=True)
-    written = write_diagnosis(recording, found, page, title)
+    written = write_diagnosis(recording, found, page or path.with_suffix(".html"), title or path.stem)
     console.print(f"\nPage: {written.resolve()}", soft_wrap=True, markup=False, highlight=False)
 
 
@@ -593,7 +594,7 @@ def report(
     if directory.suffix == ".jsonl":
         if other is not None:
             raise ValueError("recordings are shown one at a time; leave out the second.")
-        _diagnose(directory, None, directory.with_suffix(".html"), directory.stem)
+        _show_recording(directory)
         return
     beside = None if other is None else load_comparison(other)
     _show(directory, _hooks(read_config(directory / "comparison.json")), beside)

@@ -61,7 +61,7 @@ import inspect
 import math
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -340,32 +340,37 @@ PARTS = ("datasets", "dense", "metrics", "models", "problems", "rl")
 def parts(module: Path) -> set[Path]:
     """The file of a built-in problem's module, and those among `PARTS` that it imports, directly or indirectly."""
     package = module.parents[1]
-    found, pending = set[Path](), [module]
-    while pending:
-        path = pending.pop()
-        found.add(path)
-        for node in ast.walk(ast.parse(path.read_bytes())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("detente.benchmark"):
-                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-                places = [str(name).split(".")[2:] for name in names]
-                files = (package.joinpath(*place).with_suffix(".py") for place in places if place and place[0] in PARTS)
-                pending += [file for file in files if file.is_file() and file not in found]
-    return found
+
+    def imported(node: ast.AST) -> Iterator[Path]:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("detente.benchmark"):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            for place in (str(name).split(".")[2:] for name in names):
+                if place and place[0] in PARTS:
+                    yield package.joinpath(*place).with_suffix(".py")
+
+    return _reached(module, imported)
 
 
 def beside(module: Path) -> set[Path]:
     """A user's problem file and the files beside it that it imports, directly or indirectly."""
+
+    def imported(node: ast.AST) -> Iterator[Path]:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+        for base in (module.parent.joinpath(*name.split(".")) for name in names if name):
+            yield from (base.with_suffix(".py"), base / "__init__.py")
+
+    return _reached(module, imported)
+
+
+def _reached(module: Path, imported: Callable[[ast.AST], Iterator[Path]]) -> set[Path]:
+    """A file and all that its imports lead to; ``imported`` says which files one statement may mean."""
     found, pending = set[Path](), [module]
     while pending:
         path = pending.pop()
         found.add(path)
         for node in ast.walk(ast.parse(path.read_bytes())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
-            for name in names:
-                base = module.parent.joinpath(*name.split("."))
-                files = (base.with_suffix(".py"), base / "__init__.py") if name else ()
-                pending += [file for file in files if file.is_file() and file not in found]
+            pending += [file for file in imported(node) if file.is_file() and file not in found]
     return found
 
 

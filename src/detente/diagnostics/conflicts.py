@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from detente.engine.distributed import Counts, Processes
-from detente.engine.graph import Reach, listed, reach
+from detente.engine.graph import listed, reach
 from detente.engine.jacobian import Jacobian
 from detente.engine.rows import Scattered
-from detente.engine.source import Head, every_task, take
+from detente.engine.source import Head, task_rows
 from detente.gramian import Partition
 from detente.losses import named_losses
 from detente.watch import Seen
@@ -111,12 +111,7 @@ def take_gradients(
     else:
         blocks = among.agreed(blocks, shared)
         rows = among.rows(shared, count, blocks, None, whole=whole)
-    wanted = found if heads else Reach(found.shared, found.tasks, [[] for _ in tensors], found.masks)
-    taken: list[Head] = []
-    for t, row in enumerate(every_task(count)):
-        taken += take(rows, t, row, tensors, wanted, "own", {}, among, last=False)
-    if among is not None:
-        taken = among.heads(taken)
+    taken = task_rows(tensors, found, rows, among, keep=True, heads=heads)
     products = rows.gramian(blocks)
     products = among.total(products) if among is not None and rows.partial else products
     return Gradients(rows, taken, products.cpu() / step.scale**2)

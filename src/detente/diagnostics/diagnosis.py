@@ -107,9 +107,8 @@ class _Case:
         self.fighting = [
             k for k, mean in enumerate(self.layer_means) if mean < OPPOSED_IN_LAYER and self.shares[k] >= NEGLIGIBLE
         ]
-        with np.errstate(divide="ignore"):
-            self.ratios = np.array([_ratio(row) for row in recording.norms])
-        self.ratio = _median(self.ratios)
+        self.ratio = _median(np.array([_ratio(row) for row in recording.norms]))
+        self.lengths = np.array([_median(norms) for norms in recording.norms.T])
         self.to_mean = _mean(recording.to_mean)
         there = np.isfinite(recording.predicted) & np.isfinite(recording.realised)
         down = there & (recording.predicted < 0)
@@ -165,8 +164,7 @@ class _Case:
     def headline(self) -> str:
         said = []
         if "local conflict" in self.causes:
-            pair = self.worst[min(self.fighting, key=lambda k: self.layer_means[k])]
-            assert pair is not None
+            _, pair = self._fiercest()
             said.append(f"{self.named[pair]} pull against each other, but only in {self._layers(self.fighting)}")
         elif "conflict" in self.causes:
             pairs = self.opposed or [p for k in self.fighting if (p := self.worst[k]) is not None][:1]
@@ -245,11 +243,9 @@ class _Case:
             pair = self.opposed[0]
             series, of = self.r.cosines[:, pair[0], pair[1]], self.named[pair]
         else:
-            k = min(self.fighting, key=lambda k: self.layer_means[k])
-            worst = self.worst[k]
-            assert worst is not None
-            series = self.r.layer_cosines[:, k, worst[0], worst[1]]
-            of = f"{self.named[worst]} in {self.r.layers[k]}"
+            k, pair = self._fiercest()
+            series = self.r.layer_cosines[:, k, pair[0], pair[1]]
+            of = f"{self.named[pair]} in {self.r.layers[k]}"
         answer = _dated(series, self.r.steps)
         third = max(len(series) // 3, 1)
         evidence = f"Mean cosine of {of}: {_mean(series[:third]):+.2f} in the first third of the records, "
@@ -259,8 +255,8 @@ class _Case:
         question = "Does one task's gradient drown the others?"
         if not np.isfinite(self.ratio):
             return Answer(question, "Not known.", "Never were two tasks with a gradient in the same step.")
-        norms = [f"{task} {_median(self.r.norms[:, t]):.3g}" for t, task in enumerate(self.r.tasks)]
-        shown = ", ".join(norms[:8]) + (", ..." if len(norms) > 8 else "")
+        lengths = [f"{task} {length:.3g}" for task, length in zip(self.r.tasks, self.lengths, strict=True)]
+        shown = ", ".join(lengths[:8]) + (", ..." if len(lengths) > 8 else "")
         evidence = f"Median lengths: {shown}; the longest is {self.ratio:.1f} times the shortest."
         if self.ratio < UNEVEN:
             return Answer(question, "No.", evidence)
@@ -325,8 +321,7 @@ class _Case:
         if "overshoot" in causes:
             said.append("a lower learning rate, or clipping")
         if "dominance" in causes:
-            norms = np.array([_median(self.r.norms[:, t]) for t in range(len(self.r.tasks))])
-            weights = np.nanmin(norms) / norms
+            weights = np.nanmin(self.lengths) / self.lengths
             listed = ", ".join(f"{t} {w:.2g}" for t, w in list(zip(self.r.tasks, weights, strict=True))[:8])
             said.append(
                 f"fixed weights that bring the gradients to one length ({listed}), or a learned loss weighting, `uw`, "
@@ -378,6 +373,13 @@ class _Case:
 
     # -- words
 
+    def _fiercest(self) -> tuple[int, tuple[int, int]]:
+        """The layer with the lowest cosine among those that are fought over, and the pair that fights."""
+        k = min(self.fighting, key=lambda k: self.layer_means[k])
+        pair = self.worst[k]
+        assert pair is not None
+        return k, pair
+
     def _lately(self, pair: tuple[int, int]) -> str:
         series = self.r.cosines[:, pair[0], pair[1]]
         return " in their last third" if self.means[pair] != _mean(series) else ""
@@ -388,9 +390,8 @@ class _Case:
         return float((series < 0).mean()) if len(series) else np.nan
 
     def _extremes(self) -> tuple[str, str]:
-        norms = np.array([_median(self.r.norms[:, t]) for t in range(len(self.r.tasks))])
-        norms = np.where(norms > 0, norms, np.nan)
-        return self.r.tasks[int(np.nanargmax(norms))], self.r.tasks[int(np.nanargmin(norms))]
+        positive = np.where(self.lengths > 0, self.lengths, np.nan)
+        return self.r.tasks[int(np.nanargmax(positive))], self.r.tasks[int(np.nanargmin(positive))]
 
     def _layers(self, which: Sequence[int]) -> str:
         """Names of layers, by their common module where that says it shorter."""

@@ -106,8 +106,7 @@ def layers(recording: Recording) -> Figure:
     count = len(recording.layers)
     height = min(max(0.2 * count + 1.2, 2.4), 11.0)
     figure, (axes, beside) = _subplots(2, height, ratios=(4, 1))
-    with np.errstate(all="ignore"):
-        between = np.stack([recording.layer_cosines[:, :, i, j] for i, j in recording.pairs])  # [pairs, R, L]
+    between = recording.layer_pairs
     there = np.isfinite(between)
     lowest = np.where(there.any(0), np.where(there, between, np.inf).min(0), np.nan)  # [R, L]
     total = there.sum(1)

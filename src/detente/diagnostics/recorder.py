@@ -242,7 +242,7 @@ class Recorder:
                 everything = [*found.shared, *{id(p): p for p, _, _ in gradients.heads}.values()]
                 opened.before = [(p, p.detach().clone()) for p in everything]
         self._log.append(entry)
-        self.every *= self._log.thin()
+        self.every = self._log.thin(self.every)
         if among is not None:  # only the first process knows the size of the file
             mine = self.every if self._log.writing else 0
             self.every = round(float(among.total(torch.tensor([mine], dtype=torch.float64))))
@@ -422,7 +422,6 @@ class _Log:
         self.limit = recorder.limit
         self.writing = writing
         self.head = {"detente": FORMAT, "layers": recorder.layers}
-        self.every = recorder.every
         if not writing:
             return
         if not self.path.exists():
@@ -430,7 +429,7 @@ class _Log:
             self._rewrite(())
         elif recorder._resumed:
             steps = recorder.steps - 1  # the one about to be recorded comes again, too
-            self._rewrite(line for step, line in records(self.path) if step < steps)
+            self._rewrite(line for step, line, _ in records(self.path) if step < steps)
         else:
             raise FileExistsError(
                 f"{self.path} holds the records of another run. Choose another path or delete it; to go on with it, "
@@ -442,13 +441,12 @@ class _Log:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(_line(entry))
 
-    def thin(self) -> int:
-        """Drop every second record where the file is too large; by what the distance of records is to be multiplied."""
+    def thin(self, every: int) -> int:
+        """Drop every second record where the file is too large; the distance of records from then on."""
         if not self.writing or self.path.stat().st_size <= self.limit:
-            return 1
-        self.every *= 2
-        self._rewrite(line for step, line in records(self.path) if step % self.every == 0)
-        return 2
+            return every
+        self._rewrite(line for step, line, _ in records(self.path) if step % (2 * every) == 0)
+        return 2 * every
 
     def _rewrite(self, lines: Iterable[str]) -> None:
         beside = self.path.with_name(self.path.name + ".tmp")

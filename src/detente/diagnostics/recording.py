@@ -24,8 +24,8 @@ def pairs(count: int) -> list[tuple[int, int]]:
     return [(i, j) for i in range(count) for j in range(i + 1, count)]
 
 
-def records(path: Path) -> Iterator[tuple[int, str]]:
-    """Step and line of everything in a file but its head; a last line that was cut off is left out."""
+def records(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Step, line and content of everything in a file but its head; a last line that was cut off is left out."""
     with path.open(encoding="utf-8") as file:
         next(file, None)
         for line in file:
@@ -34,7 +34,7 @@ def records(path: Path) -> Iterator[tuple[int, str]]:
                 step = int(entry["of"] if "of" in entry else entry["step"])
             except (ValueError, KeyError, TypeError):
                 continue
-            yield step, line
+            yield step, line, entry
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ class Recording:
         path = Path(path)
         head = _head(path)
         merged: dict[int, dict[str, Any]] = {}
-        for step, line in records(path):
-            merged.setdefault(step, {}).update(json.loads(line))
+        for step, _, entry in records(path):
+            merged.setdefault(step, {}).update(entry)
         found = [entry for _, entry in sorted(merged.items()) if "step" in entry]
         if not found:
             raise ValueError(f"{path} has no records: the run ended before its first step was recorded.")
@@ -177,12 +177,15 @@ class Recording:
         return _share(between < 0, np.isfinite(between), 0) if self.pairs else np.full(len(self.steps), np.nan)
 
     @cached_property
+    def layer_pairs(self) -> Array:
+        """``[pairs, R, L]`` cosines of every pair of tasks in each layer."""
+        shape = (len(self.pairs), len(self.steps), len(self.layers))
+        return np.array([self.layer_cosines[:, :, i, j] for i, j in self.pairs]).reshape(shape)
+
+    @cached_property
     def layer_conflict_rate(self) -> Array:
         """``[L]`` share of pairs and records with a negative cosine in each layer."""
-        between = np.array([self.layer_cosines[:, :, i, j] for i, j in self.pairs])  # [pairs, R, L]
-        if not between.size:
-            return np.full(len(self.layers), np.nan)
-        return _share(between < 0, np.isfinite(between), (0, 1))
+        return _share(self.layer_pairs < 0, np.isfinite(self.layer_pairs), (0, 1))
 
     @cached_property
     def to_mean(self) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,11 +30,10 @@ __all__ = [
     "mixed",
     "spread",
     "take",
-    "trunk_rows",
+    "task_rows",
 ]
 
 
-Rows = TypeVar("Rows", bound="Jacobian | Scattered")
 Head = tuple[Tensor, int, Tensor]
 """A parameter that is not shared, the row in which its gradient was taken, and the gradient."""
 
@@ -484,17 +483,27 @@ def done_with(found: Reach, rows: Sequence[Row]) -> list[bool]:
     return [not any(mask & own and mask & sum(tasks[r + 1 :]) for mask in common) for r, own in enumerate(tasks)]
 
 
-def trunk_rows(losses: list[Tensor], found: Reach, rows: Rows, among: Processes | None = None, *, keep: bool) -> Rows:
-    """Fill the tasks' gradients of the shared parameters, one backward pass each, without the heads'.
+def task_rows(
+    losses: list[Tensor],
+    found: Reach,
+    rows: Jacobian | Scattered,
+    among: Processes | None = None,
+    *,
+    keep: bool,
+    heads: bool = False,
+) -> list[Head]:
+    """Fill the tasks' gradients of the shared parameters, one backward pass each; those of the heads are returned.
 
     Args:
         losses: of the step, or of another batch with the same tasks.
-        found: its shared parameters.
+        found: its leaves.
         rows: of a Jacobian, to be written.
         among: the processes that take the step together.
         keep: whether the graph is needed afterwards.
+        heads: whether to take the gradients of parameters that one loss alone reaches, too.
     """
-    trunk = replace(found, own=[[] for _ in losses])
+    reached = found if heads else replace(found, own=[[] for _ in losses])
+    taken: list[Head] = []
     for t, row in enumerate(every_task(len(losses))):
-        take(rows, t, row, losses, trunk, "own", {}, among, last=not keep and t == len(losses) - 1)
-    return rows
+        taken += take(rows, t, row, losses, reached, "own", {}, among, last=not keep and t == len(losses) - 1)
+    return among.heads(taken) if among is not None and heads else taken

@@ -51,26 +51,23 @@ def write_report(
     Pictures that a problem has left in ``figures/*.svg`` or ``*.png`` of the comparison are embedded.
     """
     sections = figure_sections(comparison)
-    page = (
-        environment()
-        .get_template("report.html.j2")
-        .render(
-            comparison=comparison,
-            verdict=verdict(comparison) if headline is None else headline,
-            protocol=PROTOCOLS.get(comparison.protocol, "unknown"),
-            styles=styles(comparison),
-            drawn=drawn_first(comparison),
-            controls={row.label: CONTROLS[row.control] for row in comparison.rows if row.control},
-            tables={"results": result_grid(comparison), "cost": cost_grid(comparison)},
-            sections=sections,
-            metrics=metric_choices(comparison),
-            figures=_figures(comparison, sections),
-            tuning=_tuning(comparison.config.get("tuning")),
-            against=None if other is None else against(comparison, other),
-            pictures=list(_pictures(comparison.directory / "figures")),
-            configuration=_configuration(comparison.config),
-            plotly=Markup(get_plotlyjs()),
-        )
+    template = environment().get_template("report.html.j2")
+    page = template.render(
+        comparison=comparison,
+        verdict=verdict(comparison) if headline is None else headline,
+        protocol=PROTOCOLS.get(comparison.protocol, "unknown"),
+        styles=styles(comparison),
+        drawn=drawn_first(comparison),
+        controls={row.label: CONTROLS[row.control] for row in comparison.rows if row.control},
+        tables={"results": result_grid(comparison), "cost": cost_grid(comparison)},
+        sections=sections,
+        metrics=metric_choices(comparison),
+        figures=_figures(comparison, sections),
+        tuning=_tuning(comparison.config.get("tuning")),
+        against=None if other is None else against(comparison, other),
+        pictures=list(_pictures(comparison.directory / "figures")),
+        configuration=_configuration(comparison.config),
+        plotly=Markup(get_plotlyjs()),
     )
     path = Path(directory) / "report.html"
     path.write_text(page, encoding="utf-8")
