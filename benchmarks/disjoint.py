@@ -70,7 +70,7 @@ class Case:
     def rows_of_one_pass(self, losses: list[Tensor]) -> Jacobian:
         found = reach(losses)
         jacobian = Jacobian(found.shared, len(losses))
-        Chunks(found, [self.samples] * self.tasks).pull(losses, jacobian)
+        Chunks(found, [self.samples] * self.tasks, alike=True).pull(losses, jacobian)
         return jacobian
 
     def agreement(self) -> float:
