@@ -13,6 +13,7 @@ from torch import Tensor
 
 from detente.engine.distributed import Counts, Processes
 from detente.engine.graph import Reach, listed, reach
+from detente.engine.linear import remember
 from detente.engine.source import Disjoint, Every, Sampled
 from detente.losses import Losses, named_losses
 from detente.method import GramianMethod, LossWeighting, Method, Update, one_of, require_method
@@ -263,6 +264,7 @@ def run(
         )
     for watcher in watchers():
         watcher.updated(method, update)
+    remember()
     return update
 
 

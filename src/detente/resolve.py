@@ -18,7 +18,8 @@ from detente.engine.distributed import Processes
 from detente.engine.grad import accumulate, pull
 from detente.engine.graph import Reach, users
 from detente.engine.jacobian import Jacobian
-from detente.engine.lean import LARGE, Product, fresh, obstacle, products, worth
+from detente.engine.lean import LARGE, Product, fresh, products, worth
+from detente.engine.linear import ENTRIES, Trunk, Unfit
 from detente.engine.rows import Scattered
 from detente.engine.source import (
     Disjoint,
@@ -230,16 +231,15 @@ class Step:
             else:
                 return self._in_chunks(chunks, partition)
         written = bool(self.others) or self.micro_batches > 1 or method.transforms or method.per_parameter
-        together = _together(self.tensors, found, rows) if self.engine == "batched" else None
+        together = self._together(rows)
         kept: dict[int, Product] = {}
         alone: set[int] = set()
         if not written:
-            kept, alone = _kept(found, partition, count, self.engine, self.storage)
+            kept, alone = _kept(found, partition, count, self.engine, together is not None or self.storage is not None)
         inputs = {k: product.inputs for k, product in kept.items()}
         jacobian = Jacobian(found.shared, count, inputs, alone, self.storage)
         if together is not None:
-            heads, values = together.heads, _values(self.tensors)
-            together.pull_each(jacobian, kept)
+            heads, values = together.pull(self.tensors, jacobian), _values(self.tensors)
         else:
             heads, values = self._row_by_row(jacobian, rows, method, kept)
         if reason is None:
@@ -251,6 +251,20 @@ class Step:
             "products": len(kept),
         }
         return _Taken(jacobian, heads, values, partition, how)
+
+    def _together(self, rows: list[Row]) -> Trunk | None:
+        """The trunk that all tasks can go down together, where that is faster or asked for."""
+        if self.engine not in ("auto", "batched"):
+            return None
+        try:
+            if len(rows) < len(self.tasks) or self.others or self.micro_batches > 1 or self.storage is not None:
+                raise Unfit("it takes the gradient of every task, once")
+            trunk = Trunk(self.tensors, self.found)
+        except Unfit as error:
+            if self.engine == "batched":
+                raise ValueError(f"engine='batched' does not work here: {error}. Use engine='auto'.") from None
+            return None
+        return trunk if self.engine == "batched" or trunk.widest * len(rows) <= ENTRIES else None
 
     def _in_chunks(self, chunks: Chunks, partition: Partition) -> _Taken:
         """The task gradients of the shared parameters from one pass, where each task has samples of its own."""
@@ -310,7 +324,7 @@ class Step:
                 f"the micro-batches of a step must bring the same tasks, which reach the same parameters; got "
                 f"{list(self.tasks)}, then {list(named)}. Use accumulate='direction'."
             )
-        return replace(first, masks=found.masks)
+        return replace(first, masks=found.masks, edges=found.edges)
 
     def _partition(self, method: GramianMethod, parameters: list[Tensor]) -> Partition:
         chosen = self.granularity or method.native_granularity
@@ -433,17 +447,6 @@ def first_weights(weighting: LossWeighting | None, context: Context) -> Tensor:
     return weighting.weights(context.losses, context)
 
 
-def _together(tensors: list[Tensor], found: Reach, rows: list[Row]) -> Features:
-    """The features from which one batched pass takes all gradients through the trunk."""
-    why = "it takes the gradient of every task" if len(rows) < len(tensors) else obstacle(found.masks, found.shared)
-    if why is None:
-        try:
-            return Features(tensors, found)
-        except ValueError as error:
-            why = str(error).partition(". Use")[0]
-    raise ValueError(f"engine='batched' does not work here: {why}. Use engine='auto'.")
-
-
 def _why(engine: str, kept: Mapping[int, Product], found: Reach) -> str:
     """In words, what decided how the task gradients were kept."""
     if engine == "serial":
@@ -453,16 +456,15 @@ def _why(engine: str, kept: Mapping[int, Product], found: Reach) -> str:
 
 
 def _kept(
-    found: Reach, partition: Partition, count: int, engine: str, storage: torch.dtype | None
+    found: Reach, partition: Partition, count: int, engine: str, copied: bool
 ) -> tuple[dict[int, Product], set[int]]:
     """Which task gradients need no buffer, by position: those kept as products, and as the tensors that come."""
     whole = [k for k, (dims, _) in enumerate(partition.members) if dims == ()]
     lean = [k for k in whole if engine == "lean" or (engine != "serial" and worth(1, found.shared[k].shape, count))]
-    copied = engine == "batched" or storage is not None
     large = [] if copied else [k for k in whole if found.shared[k].numel() >= LARGE]
     if not (lean or large):
         return {}, set()
-    feeds = users(found.masks)
+    feeds = users(found.edges)
     kept = {
         lean[i]: product
         for i, product in products(feeds, [found.shared[k] for k in lean]).items()

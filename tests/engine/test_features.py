@@ -26,7 +26,7 @@ TASKS = ("a", "b", "c")
 
 
 def parting(losses: list[Tensor]) -> Boundary:
-    return boundary(losses, reach(losses).masks)
+    return boundary(losses, reach(losses))
 
 
 def data(*shape: int, seed: int = 0) -> Tensor:

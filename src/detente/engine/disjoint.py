@@ -37,7 +37,7 @@ class Chunks:
         self.found = found
         self.samples = samples
         self.total = sum(samples)
-        feeds = users(found.masks)
+        feeds = users(found.edges)
         # of which layer each shared parameter is the weight or the bias
         self.weights = self._whole(products(feeds, found.shared))
         self.biases = self._whole(biases(feeds, found.shared))

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from detente.engine.graph import SINK, Reach, leaves_of, reach, root
+from detente.engine.graph import SINK, Reach, feeds, leaves_of, reach, root
 from detente.engine.jacobian import Jacobian, real
 from detente.engine.rows import Scattered, Summed, all_gather, by_kind, restored_shape
 from detente.gramian import Partition
@@ -126,6 +126,7 @@ class Processes:
         if alike:
             for t, part in enumerate(parts.values()):
                 found.masks[root(part)] = 1 << t
+                found.edges[root(part)] = feeds(root(part))
         return parts, found if alike else self._merged(parts, shared, parameters, list(losses))
 
     @contextmanager
@@ -276,7 +277,7 @@ class Processes:
             for k in self._in_order([places[key] for key in reached])
         ]
         chosen = {id(p) for p, tasks in leaves if len(tasks) > 1} if shared is None else {id(p) for p in shared}
-        return Reach.of(leaves, chosen, count, local.masks)
+        return Reach.of(leaves, chosen, count, local.masks, local.edges)
 
     def whole(self, losses: Tensor) -> Tensor:
         """Loss values of the whole batch, from those of the processes' parts; in place."""

@@ -7,11 +7,25 @@ from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module, Parameter
 
-__all__ = ["SINK", "Boundary", "Reach", "boundary", "feeds", "leaves_of", "listed", "reach", "root", "users"]
+__all__ = [
+    "LEAF",
+    "SINK",
+    "Boundary",
+    "Edges",
+    "Reach",
+    "boundary",
+    "feeds",
+    "leaves_of",
+    "listed",
+    "reach",
+    "root",
+    "users",
+]
 
 
 @dataclass(frozen=True)
@@ -24,12 +38,14 @@ class Reach:
         own: for every loss, the other leaves it reaches; the heads.
         masks: the nodes of the graph, each after what it feeds on, with the set of losses that reach each: bit t for
             loss t.
+        edges: what each node takes its values from, each with the number of the output.
     """
 
     shared: list[Tensor]
     tasks: list[tuple[int, ...]]
     own: list[list[Tensor]]
     masks: dict[Node, int]
+    edges: dict[Node, Edges]
 
     @classmethod
     def of(
@@ -38,9 +54,10 @@ class Reach:
         shared: Container[int],
         count: int,
         masks: dict[Node, int],
+        edges: dict[Node, Edges],
     ) -> Reach:
         """Sort leaves, each with the positions of the losses that reach it, by the ids of those that are shared."""
-        result = cls([], [], [[] for _ in range(count)], masks)
+        result = cls([], [], [[] for _ in range(count)], masks, edges)
         for p, tasks in leaves:
             if id(p) in shared:
                 result.shared.append(p)
@@ -103,11 +120,11 @@ def root(loss: Tensor) -> Node:
     return _start(loss)[0]
 
 
-def users(nodes: Iterable[Node]) -> dict[Node, list[Node]]:
+def users(edges: Mapping[Node, Edges]) -> dict[Node, list[Node]]:
     """What each node of a graph feeds, as often as it does."""
     found: dict[Node, list[Node]] = {}
-    for node in nodes:
-        for child, _ in feeds(node):
+    for node, sources in edges.items():
+        for child, _ in sources:
             if child is not None:
                 found.setdefault(child, []).append(node)
     return found
@@ -123,13 +140,14 @@ def reach(losses: Sequence[Tensor], shared: Iterable[Tensor] | None = None) -> R
     Raises:
         ValueError: an entry of ``shared`` is not a leaf that requires a gradient.
     """
-    masks, fused = _walk(losses)
+    masks, edges, fused = _walk(losses)
     if fused and shared is None:
         raise ValueError(
             "the model was compiled as a whole, the tasks' own layers included, so that every loss seems to depend on "
             "all of it. Pass shared=model.trunk.parameters(), or compile the shared part alone."
         )
     leaves = leaves_of(masks)
+    positions = {mask: tuple(t for t in range(len(losses)) if mask >> t & 1) for mask in {mask for _, mask in leaves}}
     if shared is None:
         any_leaf = not any(isinstance(p, Parameter) for p, _ in leaves)
         chosen = {id(p) for p, mask in leaves if mask & (mask - 1) and (any_leaf or isinstance(p, Parameter))}
@@ -144,8 +162,7 @@ def reach(losses: Sequence[Tensor], shared: Iterable[Tensor] | None = None) -> R
                     "Pass model.trunk.parameters(), without frozen ones."
                 )
             chosen.add(id(p))
-    reached = ((p, tuple(t for t in range(len(losses)) if mask >> t & 1)) for p, mask in leaves)
-    return Reach.of(reached, chosen, len(losses), masks)
+    return Reach.of(((p, positions[mask]) for p, mask in leaves), chosen, len(losses), masks, edges)
 
 
 def listed(shared: Iterable[Tensor]) -> list[Tensor]:
@@ -157,7 +174,7 @@ def listed(shared: Iterable[Tensor]) -> list[Tensor]:
 
 def leaves_of(masks: dict[Node, int]) -> list[tuple[Tensor, int]]:
     """The leaves of a graph, in the order in which it uses them, and the set of losses that reach each."""
-    return [(node.variable, mask) for node, mask in reversed(masks.items()) if node.name() == _LEAF]  # type: ignore[attr-defined]
+    return [(node.variable, mask) for node, mask in reversed(masks.items()) if type(node) is LEAF]  # type: ignore[attr-defined]
 
 
 def _example(given: Tensor | Module) -> str:
@@ -180,17 +197,18 @@ class Boundary:
     nested: bool
 
 
-def boundary(losses: Sequence[Tensor], masks: Mapping[Node, int]) -> Boundary:
+def boundary(losses: Sequence[Tensor], found: Reach) -> Boundary:
     """The features of a step, found from the graph.
 
     Args:
         losses: of the step.
-        masks: of its :class:`Reach`.
+        found: the leaves behind them.
 
     Raises:
         ValueError: a task uses a shared parameter above the features (tied weights), so that no gradient of the
             features can stand for the gradient of the shared parameters; or a loss is computed from another.
     """
+    masks = found.masks
     edges: dict[GradientEdge, int] = {}
     entries: list[tuple[Node, int, list[tuple[int, int]]]] = []
     for t, loss in enumerate(losses):
@@ -204,10 +222,10 @@ def boundary(losses: Sequence[Tensor], masks: Mapping[Node, int]) -> Boundary:
         if mask & (mask - 1):
             continue
         taken = []
-        for place, (child, number) in enumerate(feeds(node)):
+        for place, (child, number) in enumerate(found.edges[node]):
             if child is None or not masks[child] & (masks[child] - 1):
                 continue
-            if child.name() == _LEAF:
+            if type(child) is LEAF:
                 shape = tuple(child.variable.shape)  # type: ignore[attr-defined]
                 raise ValueError(
                     f"a shared leaf of shape {shape} is used by a task's own layers directly (tied weights, or an "
@@ -219,62 +237,64 @@ def boundary(losses: Sequence[Tensor], masks: Mapping[Node, int]) -> Boundary:
             entries.append((node, mask.bit_length() - 1, taken))
     ends = {edge.node for edge in edges}
     below: set[Node] = set()
-    stack = [child for node in ends for child, _ in feeds(node) if child is not None]
+    stack = [child for node in ends for child, _ in found.edges[node] if child is not None]
     while stack:
         node = stack.pop()
         if node not in below:
             below.add(node)
-            stack.extend(child for child, _ in feeds(node) if child is not None)
+            stack.extend(child for child, _ in found.edges[node] if child is not None)
     return Boundary(list(edges), entries, bool(ends & below))
 
 
-_LEAF = "torch::autograd::AccumulateGrad"
+LEAF = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
+"""The kind of node at which a leaf's gradient arrives."""
 
 
-def _walk(losses: Sequence[Tensor]) -> tuple[dict[Node, int], bool]:
-    """All nodes behind the losses, each after what it feeds on, and the set of losses that reach each.
+def _walk(losses: Sequence[Tensor]) -> tuple[dict[Node, int], dict[Node, Edges], bool]:
+    """All nodes behind the losses, each after what it feeds on, with the losses that reach it and what it feeds on.
 
     And whether a compiled node has outputs that different losses reach: it hides which of them needs what.
     """
     starts = [_start(loss) for loss in losses]
-    edges: Callable[[Node], Edges] = attrgetter("next_functions")
-    order = _ordered(starts, edges)
-    kinds = {type(node).__name__ for node in order}
+    masks, edges = _ordered(starts, attrgetter("next_functions"))
+    kinds = {kind.__name__ for kind in set(map(type, masks))}
     if SINK in kinds:
-        edges = feeds
-        order = _ordered(starts, edges)
-    masks = dict.fromkeys(order, 0)
+        masks, edges = _ordered(starts, feeds)
     for t, (node, _) in enumerate(starts):
         masks[node] |= 1 << t
-    for node in reversed(order):
+    for node in reversed(masks):
         mask = masks[node]
-        for child, _ in edges(node):
+        for child, _ in edges[node]:
             if child is not None:
                 masks[child] |= mask
-    return masks, _COMPILED in kinds and _hides(masks, starts)
+    return masks, edges, _COMPILED in kinds and _hides(masks, edges, starts)
 
 
-def _ordered(starts: Sequence[tuple[Node, int]], edges: Callable[[Node], Edges]) -> list[Node]:
-    order: list[Node] = []
-    seen: set[Node] = set()
-    for start in dict(starts):
-        stack: list[tuple[Node, bool]] = [(start, False)]
-        while stack:
-            node, done = stack.pop()
-            if done:
-                order.append(node)
-            elif node not in seen:
-                seen.add(node)
-                stack.append((node, True))
-                stack.extend((child, False) for child, _ in edges(node) if child is not None)
-    return order
+def _ordered(
+    starts: Sequence[tuple[Node, int]], sources: Callable[[Node], Edges]
+) -> tuple[dict[Node, int], dict[Node, Edges]]:
+    """The nodes behind some, each after what it feeds on, with 0; and what each feeds on."""
+    done: dict[Node, int] = {}
+    edges: dict[Node, Edges] = {}
+    stack = [node for node, _ in reversed(starts)]
+    while stack:
+        node = stack[-1]
+        if node in edges:
+            stack.pop()
+            done.setdefault(node, 0)
+            continue
+        edges[node] = found = sources(node)
+        for child, _ in found:
+            if child is not None and child not in edges:
+                stack.append(child)
+    return done, edges
 
 
-def _hides(masks: Mapping[Node, int], starts: Sequence[tuple[Node, int]]) -> bool:
+def _hides(masks: Mapping[Node, int], edges: Mapping[Node, Edges], starts: Sequence[tuple[Node, int]]) -> bool:
     """Whether different losses reach different outputs of one compiled node."""
     reached: dict[tuple[Node, int], int] = {}
     uses = [(edge, 1 << t) for t, edge in enumerate(starts)]
-    uses += [((child, number), mask) for node, mask in masks.items() for child, number in feeds(node) if child]
+    uses += [((child, number), mask) for node, mask in masks.items() for child, number in edges[node] if child]
     for (node, number), mask in uses:
         if type(node).__name__ == _COMPILED:
             reached[node, number] = reached.get((node, number), 0) | mask

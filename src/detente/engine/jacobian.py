@@ -96,15 +96,9 @@ class Jacobian:
         elif places:
             torch._foreach_copy_(places, values)
 
-    def write_all(self, gradients: Sequence[Tensor | None]) -> None:
-        """Write the gradients of all tasks, ``[T, *shape]`` per parameter (``[T, N, o]`` for a product)."""
-        for k, gradient in enumerate(gradients):
-            if k in self.outputs:
-                self.outputs[k] = torch.zeros_like(self.outputs[k]) if gradient is None else gradient
-            elif gradient is None:
-                self.slices[k].zero_()
-            else:
-                self.slices[k].copy_(gradient)
+    def clear(self, k: int) -> None:
+        """Zero gradients of one parameter for all tasks."""
+        (self.outputs if k in self.outputs else self.slices)[k].zero_()
 
     @property
     def buffers(self) -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-__all__ = ["LARGE", "Product", "biases", "fresh", "obstacle", "products", "worth"]
+__all__ = ["LARGE", "Product", "biases", "fresh", "products", "worth"]
 
 # what the input of the product is saved as, and which argument the weight is
 _NODES = {"AddmmBackward0": ("mat1", 2), "MmBackward0": ("self", 1)}
@@ -138,37 +138,3 @@ _COMPUTED = {
     "AddmmBackward0": (1, 2), "MmBackward0": (0, 1), "ConvolutionBackward0": (0, 1), "EmbeddingBackward0": (0,),
     "ToCopyBackward0": (0,),
 }  # fmt: skip
-
-
-def obstacle(masks: Mapping[Node, int], parameters: Sequence[Tensor]) -> str | None:
-    """What in the shared part of the graph forbids one batched pass for all tasks; None where nothing does.
-
-    PyTorch has batched rules for far more operations. Some of them are slower than a pass per task, one is wrong, and
-    only those listed here are tested.
-    """
-    for k, p in enumerate(parameters):
-        if p._backward_hooks:
-            return f"shared parameter {k} has a hook"
-        if p.dtype not in (torch.float32, torch.float64):
-            return f"shared parameter {k} has dtype {p.dtype}"
-    for node, mask in masks.items():
-        if mask & (mask - 1) and node.name() not in _BATCHED:
-            return f"the trunk has an operation {node.name()}"
-    return None
-
-
-_BATCHED = frozenset(
-    {
-        "torch::autograd::AccumulateGrad",
-        "MeanBackward1",
-        "SumBackward1",
-        *(
-            f"{name}Backward0"
-            for name in (
-                "Add", "Addmm", "Alias", "Clone", "Div", "Elu", "Expand", "Gelu", "LeakyRelu", "Mean", "Mm",
-                "Mul", "Permute", "Relu", "Reshape", "Sigmoid", "Silu", "Slice", "Softplus", "Squeeze", "Sub", "Sum",
-                "T", "Tanh", "Transpose", "UnsafeView", "Unsqueeze", "View",
-            )
-        ),
-    }
-)  # fmt: skip

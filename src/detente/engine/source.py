@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from detente.engine.distributed import Processes
 from detente.engine.grad import pull, zero_missing
-from detente.engine.graph import Reach, boundary, feeds, root
+from detente.engine.graph import Reach, boundary, root
 from detente.engine.jacobian import Jacobian
 from detente.engine.lean import Product
 from detente.engine.rows import Scattered
@@ -285,7 +285,7 @@ class Features:
     ) -> None:
         self.found = found
         self.among = among
-        edge = boundary(losses, found.masks)
+        edge = boundary(losses, found)
         self.edges = edge.edges
         taken: list[list[Tensor | None]] = [[None] * len(self.edges) for _ in losses]
         self.heads: list[Head] = []
@@ -319,24 +319,6 @@ class Features:
         if self.used:
             pull([self.edges[k] for k in self.used], updates, self.found.shared, self.among)
         zero_missing(self.found.shared)
-
-    def pull_each(self, jacobian: Jacobian, products: Mapping[int, Product]) -> None:
-        """Take the gradients of the shared parameters of all tasks in one batched pass through the trunk."""
-        ends = [products[k].output if k in products else p for k, p in enumerate(jacobian.parameters)]
-        edges = [self.edges[k] for k in self.used]
-        reached: list[int] = []
-
-        def through_trunk(*rows: Tensor) -> tuple[Tensor, ...]:
-            # PyTorch's annotation wants tensors or edges alone; it takes both together
-            taken = torch.autograd.grad(edges, ends, rows, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
-            reached[:] = [k for k, gradient in enumerate(taken) if gradient is not None]
-            return tuple(taken[k] for k in reached)
-
-        found = torch.vmap(through_trunk)(*self.jacobian.slices) if edges else ()
-        gradients: list[Tensor | None] = [None] * len(ends)
-        for k, gradient in zip(reached, found, strict=True):
-            gradients[k] = gradient
-        jacobian.write_all(gradients)
 
 
 def _keeping(row: list[Tensor | None], positions: Sequence[tuple[int, int]]) -> Callable[..., None]:
@@ -381,7 +363,7 @@ def mixed(
     inner.update(get_gradient_edge(p).node for p in found.shared)
     hooks = []
     for node, mask in found.masks.items():
-        entering = [] if node in inner else [k for k, (child, _) in enumerate(feeds(node)) if child in inner]
+        entering = [] if node in inner else [k for k, (child, _) in enumerate(found.edges[node]) if child in inner]
         if entering:
             hooks.append(node.register_hook(_scaling(entering, coefficients[mask.bit_length() - 1])))
     starts = [
@@ -476,7 +458,7 @@ def done_with(found: Reach, rows: Sequence[Row]) -> list[bool]:
 
     True before the last row for tasks with a forward pass of their own: their graphs share parameters alone.
     """
-    common = {mask for node, mask in found.masks.items() if mask & (mask - 1) and node.next_functions}
+    common = {mask for node, mask in found.masks.items() if mask & (mask - 1) and found.edges[node]}
     tasks = [sum(1 << t for t in row.tasks) for row in rows]
     if sum(tasks) in common:
         return [False] * (len(rows) - 1) + [True]
