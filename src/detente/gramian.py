@@ -22,7 +22,7 @@ Array = NDArray[Any]
 
 _COLUMNS = 1 << 21  # converted to float64 at a time on a device, where a call costs more than memory
 _CACHED = 1 << 17  # entries in float64 that fit the caches of one core
-_FEW = 4
+_FEW = 7  # rows up to which single products are faster than one call of BLAS, which for some shapes takes ten times as long
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,7 @@ def gramian(rows: Tensor | Sequence[Tensor], others: Tensor | Sequence[Tensor] |
     if isinstance(rows, Tensor) and rows.dtype == torch.float64:
         return rows @ (rows if others is None else _matrix(others)).T
     if rows[0].device.type == "cpu":
-        with np.errstate(over="ignore", invalid="ignore"):  # the result shows it
-            return torch.from_numpy(_on_host(rows, others))
+        return torch.from_numpy(_on_host(rows, others))
     return _on_device(_matrix(rows), None if others is None else _matrix(others))
 
 
@@ -106,7 +105,11 @@ def _on_device(rows: Tensor, others: Tensor | None) -> Tensor:
 
 
 def _on_host(rows: Tensor | Sequence[Tensor], others: Tensor | Sequence[Tensor] | None) -> Array:
-    """With NumPy, whose BLAS needs half the operations for the product of a matrix with itself."""
+    """With NumPy, in pieces that the cache holds.
+
+    ``dot`` and not ``@``, which would warn of what is not finite (the result shows it) and call a routine for the
+    product of a matrix with itself that takes four times as long for a few long rows.
+    """
     count, length = len(rows), rows[0].numel()
     total = np.zeros((count, count))
     wide, against = _SCRATCH.halves(count) if others is not None else (_SCRATCH.whole(count),) * 2
@@ -117,15 +120,18 @@ def _on_host(rows: Tensor | Sequence[Tensor], others: Tensor | Sequence[Tensor] 
         size = min(step, length - start)
         a = read(start, wide[:, :size])
         if others is not None:
-            total += a @ read_others(start, against[:, :size]).T
+            total += a.dot(read_others(start, against[:, :size]).T)
         elif count <= _FEW:
-            for i, left in enumerate(a):  # for few rows faster than one call of BLAS
-                for j in range(i + 1):
-                    total[i, j] += left @ a[j]
+            each = list(a)
+            total += [[left.dot(right) if i >= j else 0.0 for j, right in enumerate(each)] for i, left in enumerate(each)]
         else:
-            total += a @ a.T
-    if others is None and count <= _FEW:
-        total += np.tril(total, -1).T
+            total += a.dot(a.T)
+    if others is not None:
+        return total
+    if count > _FEW:
+        return (total + total.T) / 2
+    for i in range(count):
+        total[:i, i] = total[i, :i]
     return total
 
 
@@ -136,9 +142,9 @@ class _Scratch(threading.local):
         self.memory = np.empty(_CACHED)
 
     def whole(self, count: int) -> Array:
-        if count > len(self.memory):
-            self.memory = np.empty(2 * count)
-        columns = len(self.memory) // count
+        if 16 * count > len(self.memory):
+            self.memory = np.empty(32 * count)
+        columns = len(self.memory) // (count if count <= _FEW else 2 * count) // 8 * 8
         return self.memory[: count * columns].reshape(count, columns)
 
     def halves(self, count: int) -> tuple[Array, Array]:
@@ -163,7 +169,7 @@ def _reader(rows: Tensor | Sequence[Tensor]) -> Callable[[int, Array], Array]:
 
     def copy(start: int, into: Array) -> Array:
         if isinstance(arrays, np.ndarray):
-            np.copyto(into, arrays[:, start : start + into.shape[1]])
+            into[...] = arrays[:, start : start + into.shape[1]]
         else:
             for array, place in zip(arrays, into, strict=True):
                 np.copyto(place, array[start : start + len(place)])

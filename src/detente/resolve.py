@@ -235,7 +235,7 @@ class Step:
         kept: dict[int, Product] = {}
         alone: set[int] = set()
         if not written:
-            kept, alone = _kept(found, partition, count, self.engine, together is not None or self.storage is not None)
+            kept, alone = _kept(found, partition, count, self.engine, together is not None, self.storage)
         inputs = {k: product.inputs for k, product in kept.items()}
         jacobian = Jacobian(found.shared, count, inputs, alone, self.storage)
         if together is not None:
@@ -456,19 +456,22 @@ def _why(engine: str, kept: Mapping[int, Product], found: Reach) -> str:
 
 
 def _kept(
-    found: Reach, partition: Partition, count: int, engine: str, copied: bool
+    found: Reach, partition: Partition, count: int, engine: str, together: bool, storage: torch.dtype | None
 ) -> tuple[dict[int, Product], set[int]]:
     """Which task gradients need no buffer, by position: those kept as products, and as the tensors that come."""
     whole = [k for k, (dims, _) in enumerate(partition.members) if dims == ()]
-    lean = [k for k in whole if engine == "lean" or (engine != "serial" and worth(1, found.shared[k].shape, count))]
-    large = [] if copied else [k for k in whole if found.shared[k].numel() >= LARGE]
+    shapes = [p.shape for p in found.shared]
+    lean = [
+        k for k in whole if engine == "lean" or (engine != "serial" and worth(1, shapes[k], count, together=together))
+    ]
+    large = [] if together or storage is not None else [k for k in whole if found.shared[k].numel() >= LARGE]
     if not (lean or large):
         return {}, set()
     feeds = users(found.edges)
     kept = {
         lean[i]: product
         for i, product in products(feeds, [found.shared[k] for k in lean]).items()
-        if engine == "lean" or worth(product.samples, found.shared[lean[i]].shape, count)
+        if engine == "lean" or worth(product.samples, shapes[lean[i]], count, together=together)
     }
     large = [k for k in large if k not in kept]
     return kept, {large[i] for i in fresh(feeds, [found.shared[k] for k in large])}

@@ -46,23 +46,23 @@ class Jacobian:
         self.count = count
         self.partial = shares is not None  # whether a Gramian is to be summed over the processes
         self.shares = [1.0] * len(self.parameters) if shares is None else list(shares)
+        self.devices = [p.device for p in self.parameters]
         self.fresh: dict[int, list[Tensor | None]] = {k: [None] * count for k in fresh}
         self.inputs = dict(inputs or {})
         self.outputs = {k: x.new_empty(count, len(x), self.parameters[k].shape[0]) for k, x in self.inputs.items()}
         kinds: dict[tuple[torch.dtype, torch.device, float], list[int]] = {}
         for k, p in enumerate(self.parameters):
-            if k in self.inputs or k in self.fresh:
-                continue
-            kinds.setdefault((p.dtype.to_real(), p.device, self.shares[k]), []).append(k)
+            if k not in self.inputs and k not in self.fresh:
+                kinds.setdefault((p.dtype.to_real(), self.devices[k], self.shares[k]), []).append(k)
         self.groups: list[tuple[list[int], Tensor]] = []
-        self.slices: list[Tensor] = [torch.empty(0)] * len(self.parameters)  # [T, *shape] views, one per parameter
+        self.slices: list[Tensor] = [_NOTHING] * len(self.parameters)  # [T, *shape] views, one per parameter
         for (dtype, device, _), members in kinds.items():
-            sizes = [self.parameters[k].numel() * (2 if self.parameters[k].is_complex() else 1) for k in members]
+            shapes = [(*p.shape, 2) if p.is_complex() else p.shape for p in map(self.parameters.__getitem__, members)]
+            sizes = [math.prod(shape) for shape in shapes]
             buffer = torch.empty(count, sum(sizes), dtype=storage or dtype, device=device)
             self.groups.append((members, buffer))
-            for k, part in zip(members, torch.split(buffer, sizes, dim=1), strict=True):
-                p = self.parameters[k]
-                self.slices[k] = part.view(count, *p.shape, *([2] if p.is_complex() else []))
+            for k, shape, part in zip(members, shapes, buffer.split_with_sizes(sizes, 1), strict=True):
+                self.slices[k] = part.view(count, *shape)
 
     @cached_property
     def places(self) -> dict[int, tuple[Tensor, ...]]:
@@ -110,10 +110,13 @@ class Jacobian:
 
         With ``other``, the products ``J other'`` with the rows of another batch instead.
         """
-        devices = {p.device for p in self.parameters}
+        measured = partition.measured
+        if partition.count == 1 and measured is None and len(self.groups) == 1 and not (self.inputs or self.fresh or other):
+            part = gramian(self.groups[0][1]).unsqueeze(0)
+            return part * self.shares[0] if self.partial else part
+        devices = set(self.devices)
         device = devices.pop() if len(devices) == 1 else torch.device("cpu")
         second = self if other is None else other
-        measured = partition.measured
         blocks = torch.zeros(partition.count, self.count, self.count, dtype=torch.float64, device=device)
         if partition.count == 1 and measured is None:
             for (members, buffer), (_, against) in zip(self.groups, second.groups, strict=True):
@@ -159,10 +162,11 @@ class Jacobian:
 
     def combine(self, weights: Tensor, partition: Partition) -> list[Tensor]:
         """The update ``J'a``, one tensor per parameter, from weights ``[B, T]``."""
-        return [
-            torch.view_as_complex(u.clone(memory_format=torch.contiguous_format)) if p.is_complex() else u
-            for p, u in zip(self.parameters, self._combine(weights, partition), strict=True)
-        ]
+        updates = self._combine(weights, partition)
+        for k, p in enumerate(self.parameters):
+            if p.is_complex():
+                updates[k] = torch.view_as_complex(updates[k].clone(memory_format=torch.contiguous_format))
+        return updates
 
     def _combine(self, weights: Tensor, partition: Partition) -> list[Tensor]:
         updates: list[Tensor] = list(self.slices)
@@ -175,8 +179,8 @@ class Jacobian:
             for members, buffer in self.groups:
                 combined = _weighted(chosen[members[0]][0], buffer, self.parameters[members[0]].dtype.to_real())
                 shapes = [self.slices[k].shape[1:] for k in members]
-                for k, part in zip(members, torch.split(combined, [s.numel() for s in shapes]), strict=True):
-                    updates[k] = part.view(self.slices[k].shape[1:])
+                for k, shape, part in zip(members, shapes, combined.split_with_sizes(list(map(math.prod, shapes))), strict=True):
+                    updates[k] = part.view(shape)
         else:
             for k, ((dims, _), rows) in enumerate(zip(partition.members, self.slices, strict=True)):
                 if k in self.inputs or k in self.fresh:
@@ -190,14 +194,17 @@ class Jacobian:
 
     def _chosen(self, weights: Tensor, partition: Partition) -> list[Tensor]:
         """Of every parameter the weights ``[slices, T]``, on its device: one transfer to each device."""
-        devices = {p.device for p in self.parameters}
+        devices = set(self.devices)
         if partition.count == 1:
             there = {device: weights.to(device) for device in devices}
-            return [there[p.device] for p in self.parameters]
+            return [there[device] for device in self.devices]
         places = [index.reshape(-1) for _, index in partition.members]
         taken = weights[torch.cat(places)]
         parts = {device: torch.split(taken.to(device), [len(place) for place in places]) for device in devices}
-        return [parts[p.device][k] for k, p in enumerate(self.parameters)]
+        return [parts[device][k] for k, device in enumerate(self.devices)]
+
+
+_NOTHING = torch.empty(0)
 
 
 def _add(blocks: Tensor, places: Tensor, products: Tensor) -> None:

@@ -87,16 +87,17 @@ def _only(nodes: list[Node] | None) -> Node | None:
     return nodes[0] if nodes is not None and len(nodes) == 1 else None
 
 
-def worth(samples: int, shape: Sequence[int], tasks: int) -> bool:
+def worth(samples: int, shape: Sequence[int], tasks: int, *, together: bool = False) -> bool:
     """Whether the products cost less than T written gradients, by a count of operations.
 
     Writing one gradient, copying it into its row and reading it twice costs about as much per entry as eighty
-    multiplications of the layer itself; the Gramian of products is taken in float64, at 40% of the speed.
+    multiplications of the layer itself, and as twenty where all are written into their rows ``together``; the Gramian
+    of products is taken in float64, at 40% of the speed.
     """
     if len(shape) != 2:
         return False
     rows, columns = shape
-    written = tasks * (samples + _TRAFFIC) * rows * columns
+    written = tasks * (samples + (_TRAFFIC // 4 if together else _TRAFFIC)) * rows * columns
     kept = 2.5 * samples**2 * (columns + tasks * rows) + 2 * tasks**2 * samples * rows + samples * rows * columns
     return kept + _CALLS < written
 
