@@ -22,7 +22,7 @@ Array = NDArray[Any]
 
 _COLUMNS = 1 << 21  # converted to float64 at a time on a device, where a call costs more than memory
 _CACHED = 1 << 17  # entries in float64 that fit the caches of one core
-_FEW = 7  # rows up to which single products are faster than one call of BLAS, which for some shapes takes ten times as long
+_FEW = 7  # rows up to which single products are faster than one call of BLAS (for some shapes ten times)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ def gramian(rows: Tensor | Sequence[Tensor], others: Tensor | Sequence[Tensor] |
     if isinstance(rows, Tensor) and rows.dtype == torch.float64:
         return rows @ (rows if others is None else _matrix(others)).T
     if rows[0].device.type == "cpu":
-        return torch.from_numpy(_on_host(rows, others))
+        with np.errstate(over="ignore", invalid="ignore"):  # the result shows it
+            return torch.from_numpy(_on_host(rows, others))
     return _on_device(_matrix(rows), None if others is None else _matrix(others))
 
 
@@ -107,8 +108,8 @@ def _on_device(rows: Tensor, others: Tensor | None) -> Tensor:
 def _on_host(rows: Tensor | Sequence[Tensor], others: Tensor | Sequence[Tensor] | None) -> Array:
     """With NumPy, in pieces that the cache holds.
 
-    ``dot`` and not ``@``, which would warn of what is not finite (the result shows it) and call a routine for the
-    product of a matrix with itself that takes four times as long for a few long rows.
+    ``dot`` and not ``@``, whose routine for the product of a matrix with itself takes four times as long for a few long
+    rows.
     """
     count, length = len(rows), rows[0].numel()
     total = np.zeros((count, count))
@@ -122,16 +123,13 @@ def _on_host(rows: Tensor | Sequence[Tensor], others: Tensor | Sequence[Tensor] 
         if others is not None:
             total += a.dot(read_others(start, against[:, :size]).T)
         elif count <= _FEW:
-            each = list(a)
-            total += [[left.dot(right) if i >= j else 0.0 for j, right in enumerate(each)] for i, left in enumerate(each)]
+            for i, left in enumerate(a):
+                for j in range(i + 1):
+                    total[i, j] += left.dot(a[j])
         else:
             total += a.dot(a.T)
-    if others is not None:
-        return total
-    if count > _FEW:
-        return (total + total.T) / 2
-    for i in range(count):
-        total[:i, i] = total[i, :i]
+    if others is None:
+        total = (total + total.T) / 2 if count > _FEW else total + np.tril(total, -1).T
     return total
 
 

@@ -19,7 +19,7 @@ from detente.engine.grad import accumulate, pull
 from detente.engine.graph import Reach, users
 from detente.engine.jacobian import Jacobian
 from detente.engine.lean import LARGE, Product, fresh, products, worth
-from detente.engine.linear import ENTRIES, Trunk, Unfit
+from detente.engine.linear import Trunk, Unfit
 from detente.engine.rows import Scattered
 from detente.engine.source import (
     Disjoint,
@@ -183,6 +183,8 @@ class Step:
             if self.among is not None:
                 updates = self.among.restored(found.shared, updates)
             accumulate({id(p): (p, u) for p, u in zip(found.shared, updates, strict=True)}, ours=True)
+        if isinstance(jacobian, Jacobian) and not method.transforms:  # a method may keep the rows that it sees
+            jacobian.release()
         total = blocks.sum(0).numpy()
         # a task that is left out for its zero trunk gradient still trains its head
         left_out = ~((blocks.numpy().diagonal(0, 1, 2) > 0).any(0) | (weights.numpy() != 0).any(0))
@@ -231,7 +233,7 @@ class Step:
             else:
                 return self._in_chunks(chunks, partition)
         written = bool(self.others) or self.micro_batches > 1 or method.transforms or method.per_parameter
-        together = self._together(rows)
+        together, alone_for = self._together(rows)
         kept: dict[int, Product] = {}
         alone: set[int] = set()
         if not written:
@@ -244,6 +246,7 @@ class Step:
             heads, values = self._row_by_row(jacobian, rows, method, kept)
         if reason is None:
             reason = f"{method.name} needs every gradient written out" if written else _why(self.engine, kept, found)
+            reason += f"; a pass for each task, because {alone_for}" if alone_for else ""
         how = {
             "engine": "batched" if together else "lean" if kept else "serial",
             "why": reason,
@@ -252,19 +255,21 @@ class Step:
         }
         return _Taken(jacobian, heads, values, partition, how)
 
-    def _together(self, rows: list[Row]) -> Trunk | None:
-        """The trunk that all tasks can go down together, where that is faster or asked for."""
+    def _together(self, rows: list[Row]) -> tuple[Trunk | None, str]:
+        """The trunk that all tasks can go down together, where that is asked for or faster; or why there is none."""
         if self.engine not in ("auto", "batched"):
-            return None
+            return None, ""
         try:
-            if len(rows) < len(self.tasks) or self.others or self.micro_batches > 1 or self.storage is not None:
-                raise Unfit("it takes the gradient of every task, once")
+            if len(rows) < len(self.tasks) or self.others or self.micro_batches > 1:
+                raise Unfit("the step is made of several graphs, or of sampled tasks")
             trunk = Trunk(self.tensors, self.found)
         except Unfit as error:
             if self.engine == "batched":
                 raise ValueError(f"engine='batched' does not work here: {error}. Use engine='auto'.") from None
-            return None
-        return trunk if self.engine == "batched" or trunk.widest * len(rows) <= ENTRIES else None
+            return None, str(error)
+        if self.engine == "auto" and trunk.at_once < 2:
+            return None, "the values in the trunk are large"
+        return trunk, ""
 
     def _in_chunks(self, chunks: Chunks, partition: Partition) -> _Taken:
         """The task gradients of the shared parameters from one pass, where each task has samples of its own."""

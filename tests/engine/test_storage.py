@@ -162,5 +162,5 @@ def test_stats_say_what_ran_and_why(options, engine, words):
     assert update.stats["engine"] == engine
     assert words in update.stats["why"]
     assert (
-        detente.backward(Net().losses(), detente.GradDrop()).stats["why"] == "graddrop needs every gradient written out"
+        "graddrop needs every gradient written out" in detente.backward(Net().losses(), detente.GradDrop()).stats["why"]
     )

@@ -109,8 +109,8 @@ def _behind(child: Node | None, number: int) -> tuple[Node | None, int]:
 
 
 def _start(loss: Tensor) -> tuple[Node, int]:
-    edge = get_gradient_edge(loss)
-    node, number = _behind(edge.node, edge.output_nr)
+    # a leaf has no node of its own until it is asked for
+    node, number = _behind(loss.grad_fn or get_gradient_edge(loss).node, loss.output_nr)
     assert node is not None
     return node, number
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
@@ -59,10 +60,16 @@ class Jacobian:
         for (dtype, device, _), members in kinds.items():
             shapes = [(*p.shape, 2) if p.is_complex() else p.shape for p in map(self.parameters.__getitem__, members)]
             sizes = [math.prod(shape) for shape in shapes]
-            buffer = torch.empty(count, sum(sizes), dtype=storage or dtype, device=device)
+            buffer = _memory(count * sum(sizes), storage or dtype, device).view(count, sum(sizes))
             self.groups.append((members, buffer))
             for k, shape, part in zip(members, shapes, buffer.split_with_sizes(sizes, 1), strict=True):
                 self.slices[k] = part.view(count, *shape)
+
+    def release(self) -> None:
+        """Let the next step write into the same memory: what is touched for the first time costs more than its use."""
+        for _, buffer in self.groups:
+            if buffer.device.type == "cpu" and buffer.numel() <= _KEPT:
+                _SPARE.memory = buffer.view(-1)
 
     @cached_property
     def places(self) -> dict[int, tuple[Tensor, ...]]:
@@ -96,9 +103,9 @@ class Jacobian:
         elif places:
             torch._foreach_copy_(places, values)
 
-    def clear(self, k: int) -> None:
-        """Zero gradients of one parameter for all tasks."""
-        (self.outputs if k in self.outputs else self.slices)[k].zero_()
+    def clear(self, k: int, rows: Sequence[int]) -> None:
+        """Zero gradients of one parameter for some tasks."""
+        (self.outputs if k in self.outputs else self.slices)[k][list(rows)] = 0
 
     @property
     def buffers(self) -> list[Tensor]:
@@ -111,9 +118,9 @@ class Jacobian:
         With ``other``, the products ``J other'`` with the rows of another batch instead.
         """
         measured = partition.measured
-        if partition.count == 1 and measured is None and len(self.groups) == 1 and not (self.inputs or self.fresh or other):
-            part = gramian(self.groups[0][1]).unsqueeze(0)
-            return part * self.shares[0] if self.partial else part
+        alone = len(self.groups) == 1 and not (self.inputs or self.fresh or self.partial)
+        if alone and other is None and partition.count == 1 and measured is None:
+            return gramian(self.groups[0][1]).unsqueeze(0)
         devices = set(self.devices)
         device = devices.pop() if len(devices) == 1 else torch.device("cpu")
         second = self if other is None else other
@@ -179,7 +186,8 @@ class Jacobian:
             for members, buffer in self.groups:
                 combined = _weighted(chosen[members[0]][0], buffer, self.parameters[members[0]].dtype.to_real())
                 shapes = [self.slices[k].shape[1:] for k in members]
-                for k, shape, part in zip(members, shapes, combined.split_with_sizes(list(map(math.prod, shapes))), strict=True):
+                parts = combined.split_with_sizes([math.prod(shape) for shape in shapes])
+                for k, shape, part in zip(members, shapes, parts, strict=True):
                     updates[k] = part.view(shape)
         else:
             for k, ((dims, _), rows) in enumerate(zip(partition.members, self.slices, strict=True)):
@@ -205,6 +213,25 @@ class Jacobian:
 
 
 _NOTHING = torch.empty(0)
+_KEPT = 1 << 22  # entries of a buffer that are worth keeping: of larger ones the gradients themselves are the cost
+
+
+class _Spare(threading.local):
+    """Memory of a thread's last step."""
+
+    memory: Tensor = _NOTHING
+
+
+_SPARE = _Spare()
+
+
+def _memory(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for ``size`` entries, with anything in it."""
+    spare = _SPARE.memory
+    if device.type == "cpu" and spare.dtype == dtype and size <= len(spare) <= 2 * size:
+        _SPARE.memory = _NOTHING  # nobody else gets it until it is released
+        return spare[:size]
+    return torch.empty(size, dtype=dtype, device=device)
 
 
 def _add(blocks: Tensor, places: Tensor, products: Tensor) -> None:

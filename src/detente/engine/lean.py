@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-__all__ = ["LARGE", "Product", "biases", "fresh", "products", "worth"]
+__all__ = ["LARGE", "Product", "biases", "fresh", "products", "saved_input", "worth"]
 
 # what the input of the product is saved as, and which argument the weight is
 _NODES = {"AddmmBackward0": ("mat1", 2), "MmBackward0": ("self", 1)}
@@ -36,8 +36,13 @@ class Product:
     @property
     def inputs(self) -> Tensor:
         """X ``[N, i]``, as the graph keeps it."""
-        saved: Tensor = getattr(self.node, f"_saved_{_NODES[self.node.name()][0]}")
-        return saved.detach()
+        return saved_input(self.node).detach()
+
+
+def saved_input(node: Node) -> Tensor:
+    """The input ``[N, i]`` of a product, as the graph keeps it."""
+    saved: Tensor = getattr(node, f"_saved_{_NODES[node.name()][0]}")
+    return saved
 
 
 def products(users: Mapping[Node, list[Node]], parameters: Sequence[Tensor]) -> dict[int, Product]:

@@ -1,7 +1,7 @@
 """All tasks at once down a trunk of linear layers and elementwise functions.
 
-Autograd goes through the trunk once per task. Where every operation there is a linear layer or acts on single entries, the
-gradients of all tasks can go down together, as one tensor ``[T, ...]``: the same operations in larger pieces, with one
+Autograd goes through the trunk once per task. Where every operation there is a linear layer or acts on single entries,
+the gradients of all tasks can go down together, as one tensor ``[T, ...]``: the same operations in larger pieces, one
 call where there were T, and a weight is read once. Autograd itself computes what lies above, for all tasks in one pass
 where their own graphs begin with layers of their own.
 """
@@ -23,11 +23,11 @@ from torch.utils.hooks import RemovableHandle
 
 from detente.engine.graph import LEAF, Edges, Reach, root
 from detente.engine.jacobian import Jacobian
+from detente.engine.lean import saved_input
 
-__all__ = ["ENTRIES", "Trunk", "Unfit", "remember"]
+__all__ = ["Trunk", "Unfit", "remember"]
 
-ENTRIES = 1 << 20
-"""Of a value inside a trunk, for all tasks: with more of them a pass for each task, whose memory is used again, is as fast."""
+_CACHED = 1 << 17  # entries of the tasks' gradients of one value that stay in the cache
 
 
 class Unfit(ValueError):
@@ -55,12 +55,13 @@ class Trunk:
         self.above: dict[int, Tensor] = {}  # leaves that are used above
         self._sort()
         self._check(losses)
+        self.outputs = self._outputs()
         self.watched = _registered(self.inside)
 
     def _sort(self) -> None:
         """Find what lies inside: from the leaves up, whatever has a rule and takes all from what has one."""
         found, inside, edges = self.found, self.inside, self.found.edges
-        transposed: dict[Node, Node] = {}
+        transposed: dict[Node, Any] = {}
         users: set[Node] = set()
         for node, mask in found.masks.items():
             sources = edges[node]
@@ -68,37 +69,39 @@ class Trunk:
                 continue
             name = type(node).__name__
             if name == "TBackward0" and type(sources[0][0]) is LEAF:
-                transposed[node] = sources[0][0]  # type: ignore[assignment]
+                transposed[node] = sources[0][0]
                 continue
             rule = _RULES.get(name)
             if rule == "linear":
                 leaves = self._linear(node, sources, transposed, len(sources) - 1)
-            elif rule is not None and all(child is None or child in inside for child, _ in sources):
-                leaves = [] if rule == "view" or _same_shapes(node, sources) else None
             else:
-                leaves = None
-            if leaves is None:
+                leaves = None if rule is None else self._other(node, rule, sources)
+            if leaves is None or any(id(leaf.variable) in self.layers for leaf in leaves):
                 if mask & (mask - 1):
                     raise Unfit(f"the trunk has an operation {name}")
                 self._end_above(node, mask, sources, transposed)
                 continue
-            inside[node] = rule  # type: ignore[assignment]
+            assert rule is not None
+            inside[node] = rule
             for leaf in leaves:
-                self.layers[id(leaf.variable)] = node  # type: ignore[attr-defined]
+                self.layers[id(leaf.variable)] = node
             users.update(child for child, _ in sources if child is not None)
         for node in self.entries:
             if node in users:
                 raise Unfit("a value inside the trunk is also used above it")
 
-    def _linear(self, node: Any, sources: Edges, transposed: Mapping[Node, Node], weight: int) -> list[Node] | None:
+    def _linear(self, node: Any, sources: Edges, transposed: Mapping[Node, Any], weight: int) -> list[Any] | None:
         """The leaves of a linear layer; None where it is another product."""
         leaves = []
         value, matrix = sources[weight - 1][0], sources[weight][0]
         if value is not None and value not in self.inside:
             return None
         if matrix is not None:
+            saved = node._raw_saved_mat1 if weight == 2 else node._raw_saved_self
+            if not hasattr(saved, "unpack_hook"):
+                raise Unfit("this version of PyTorch does not say whether the trunk's values were packed by hooks")
             # what is packed may be computed again whenever it is looked at
-            if matrix not in transposed or getattr(node._raw_saved_mat1, "unpack_hook", _UNKNOWN) is not None:
+            if matrix not in transposed or saved.unpack_hook is not None:
                 return None
             leaves.append(transposed[matrix])
         if weight == 2:
@@ -106,21 +109,29 @@ class Trunk:
                 return None
             bias: Any = sources[0][0]
             if bias is not None:
-                if type(bias) is not LEAF or bias.variable.dim() != 1:
+                if type(bias) is not LEAF or list(bias.variable.shape) != list(_shape(node)[1:]):  # type: ignore[attr-defined]
                     return None
                 leaves.append(bias)
-        if any(id(leaf.variable) in self.layers for leaf in leaves):  # type: ignore[attr-defined]
-            return None
         return leaves
 
-    def _end_above(self, node: Node, mask: int, sources: Edges, transposed: Mapping[Node, Node]) -> None:
+    def _other(self, node: Node, rule: str, sources: Edges) -> list[Any] | None:
+        """The leaves of another operation; None where it takes something from elsewhere."""
+        leaves = []
+        for child, _ in sources:
+            if type(child) is LEAF and node.name() in _WITH_LEAVES:
+                leaves.append(child)
+            elif child is not None and child not in self.inside:
+                return None
+        return None if rule == "elementwise" and not _same_shapes(node, sources) else leaves
+
+    def _end_above(self, node: Node, mask: int, sources: Edges, transposed: Mapping[Node, Any]) -> None:
         """Note what an operation above the trunk takes from it."""
         for child, _ in sources:
             if child is None:
                 continue
             leaf: Any = transposed.get(child, child)
             if type(leaf) is LEAF:
-                self.above[id(leaf.variable)] = leaf.variable
+                self.above[id(leaf.variable)] = leaf.variable  # type: ignore[attr-defined]
             elif child in self.inside:
                 self.entries[child] = self.entries.get(child, 0) | mask
 
@@ -128,8 +139,6 @@ class Trunk:
         found = self.found
         if torch.is_anomaly_enabled():
             raise Unfit("anomaly detection wants autograd's own passes")
-        if not found.apart:
-            raise Unfit("a parameter that is not listed in `shared`, or an input, is reached by several losses")
         for k, p in enumerate(found.shared):
             if id(p) not in self.layers or id(p) in self.above:
                 raise Unfit(f"shared parameter {k} of shape {tuple(p.shape)} is not that of one linear layer alone")
@@ -144,30 +153,60 @@ class Trunk:
         if any(root(loss) in self.inside for loss in losses):
             raise Unfit("a loss is itself a part of the trunk")
 
+    def _outputs(self) -> list[list[Node]]:
+        """Layers of the tasks' own that take the same value and are alike, where their outputs leave the trunk."""
+        alike: dict[Any, list[Node]] = {}
+        for node, mask in self.entries.items():
+            if self.inside[node] == "linear" and not mask & (mask - 1):
+                *bias, (value, _), (matrix, _) = self.found.edges[node]
+                leaves: list[Any] = [edge[0] for edge in bias if edge[0] is not None]
+                if matrix is not None:
+                    leaves.append(self.found.edges[matrix][0][0])
+                listed = any(id(leaf.variable) in self.places for leaf in leaves)
+                if matrix is not None and value is not None and not listed:
+                    key = value, tuple(_shape(node)), len(bias), bool(bias and bias[0][0] is None)
+                    alike.setdefault(key, []).append(node)
+        return list(alike.values())
+
     @property
-    def widest(self) -> int:
-        """The most entries that a value inside has."""
-        return max(math.prod(_shape(node)) for node in self.inside)
+    def at_once(self) -> int:
+        """How many tasks may go down together, so that their gradients stay in the cache, or small beside a weight."""
+        widest = max(math.prod(_shape(node)) for node in self.inside)
+        largest = max((p.numel() for p in self.found.shared), default=0)
+        return max(_CACHED, largest // 4) // max(widest, 1)
 
     @torch.no_grad()
     def pull(self, losses: list[Tensor], jacobian: Jacobian) -> list[tuple[Tensor, int, Tensor]]:
         """Write the rows of all tasks; the gradients of the tasks' own parameters are returned."""
-        return _Descent(self, losses, jacobian).heads
+        first: Any = next(iter(self.inside))
+        if _USED in first.metadata:
+            raise RuntimeError(
+                "Trying to backward through the graph a second time. Compute the losses again, or detach what is kept "
+                "from one step for the next."
+            )
+        first.metadata[_USED] = True  # autograd's own passes free the graph
+        heads, tasks, size = [], range(len(losses)), max(self.at_once, 2)
+        for start in tasks[::size]:
+            heads += _Descent(self, losses, tasks[start : start + size], jacobian).heads
+        return heads
 
 
 class _Descent:
     """One walk down a trunk."""
 
-    def __init__(self, trunk: Trunk, losses: list[Tensor], jacobian: Jacobian) -> None:
+    def __init__(self, trunk: Trunk, losses: list[Tensor], tasks: range, jacobian: Jacobian) -> None:
         self.trunk = trunk
         self.jacobian = jacobian
-        self.every = (1 << len(losses)) - 1
+        self.tasks = tasks
+        self.every = sum(1 << t for t in tasks)
         self.heads: list[tuple[Tensor, int, Tensor]] = []
         # of every node the gradients that have arrived: [N, ...] of one task, [k, N, ...] of a set of k
         self.arrived: dict[Node, list[tuple[int, Tensor]]] = {}
         self.unwatched = set(trunk.entries)  # autograd has told whoever watches these
         self.written: set[int] = set()
         self._above(losses)
+        for layers in trunk.outputs:
+            self._side_by_side([node for node in layers if node in self.arrived])
         for node in reversed(trunk.inside):
             parts = self.arrived.pop(node, None)
             if parts is not None:
@@ -177,14 +216,13 @@ class _Descent:
                 getattr(self, trunk.inside[node])(node, mask, gradient)
         for k in range(len(jacobian.parameters)):
             if k not in self.written:
-                jacobian.clear(k)
+                jacobian.clear(k, tasks)
 
     def _above(self, losses: list[Tensor]) -> None:
         """Autograd's part: from the losses to where the trunk begins."""
         trunk = self.trunk
-        alone = all(not mask & (mask - 1) for mask in trunk.entries.values())
-        tasks = range(len(losses))
-        for batch in [list(tasks)] if alone else [[t] for t in tasks]:
+        alone = not any(mask & (mask - 1) for mask in trunk.entries.values())
+        for batch in [list(self.tasks)] if alone and trunk.found.apart else [[t] for t in self.tasks]:
             here = sum(1 << t for t in batch)
             nodes = [node for node, mask in trunk.entries.items() if mask & here]
             own = [(p, t) for t in batch for p in trunk.found.own[t] if id(p) in trunk.above]
@@ -197,6 +235,28 @@ class _Descent:
             for (p, t), gradient in zip(own, taken[len(nodes) :], strict=True):
                 if gradient is not None:
                     self.heads.append((p, t, gradient))
+
+    def _side_by_side(self, layers: list[Any]) -> None:
+        """Layers of one task each that take the same value, all with one call."""
+        if len(layers) < 2:
+            return
+        edges = self.trunk.found.edges
+        parts = [self.arrived.pop(node)[0] for node in layers]
+        gradient = torch.stack([one for _, one in parts])
+        tasks = [mask.bit_length() - 1 for mask, _ in parts]
+        *bias, (value, _), _ = edges[layers[0]]
+        x = saved_input(layers[0])
+        weights: list[Any] = [edges[edges[node][-1][0]][0][0] for node in layers]  # type: ignore[index]
+        written = torch.bmm(gradient.transpose(1, 2), x.expand(len(layers), *x.shape))
+        self.heads += [(leaf.variable, t, one) for leaf, t, one in zip(weights, tasks, written.unbind(0), strict=True)]
+        if bias and bias[0][0] is not None:
+            leaves: list[Any] = [edges[node][0][0] for node in layers]
+            sums = gradient.sum(1).unbind(0)
+            self.heads += [(leaf.variable, t, one) for leaf, t, one in zip(leaves, tasks, sums, strict=True)]
+        if value is not None:
+            self._look(value, x)
+            passed = torch.bmm(gradient, torch.stack([node._saved_mat2.T for node in layers]))
+            self._pass(value, sum(mask for mask, _ in parts), passed)
 
     def _shown(self, node: Node, mask: int, gradient: Tensor) -> Tensor:
         """The gradient of a value inside, once the hooks on it have seen it."""
@@ -214,10 +274,10 @@ class _Descent:
         edges = self.trunk.found.edges
         *bias, (value, _), (matrix, _) = edges[node]
         if matrix is not None:
-            x = node._saved_mat1
+            x = saved_input(node)
             self._write(edges[matrix][0][0], mask, gradient, x)
-            if value is not None and not (self.trunk.watched or x.retains_grad):
-                self.unwatched.add(value)
+            if value is not None:
+                self._look(value, x)
         if bias and bias[0][0] is not None:
             self._write(bias[0][0], mask, gradient, None)
         if value is not None:
@@ -227,10 +287,21 @@ class _Descent:
 
     def elementwise(self, node: Any, mask: int, gradient: Tensor) -> None:
         """Operations whose formula for the gradient is one for tensors of any shape that broadcast."""
-        passed = node(gradient)
-        for (child, _), one in zip(self.trunk.found.edges[node], passed if isinstance(passed, tuple) else [passed], strict=True):
+        for (child, _), one in zip(self.trunk.found.edges[node], _as_tuple(node(gradient)), strict=True):
             if child is not None and one is not None:
                 self._pass(child, mask, one)
+
+    def each(self, node: Any, mask: int, gradient: Tensor) -> None:
+        """Operations that go from one shape to another, or whose kernels do: one task after the other."""
+        several = mask & (mask - 1)
+        parts = [_as_tuple(node(one)) for one in (gradient if several else [gradient])]
+        for (child, _), ones in zip(self.trunk.found.edges[node], zip(*parts, strict=True), strict=True):
+            if child is not None and ones[0] is not None:
+                whole = torch.stack(ones)
+                if type(child) is LEAF:
+                    self._keep(child, mask, whole)
+                else:
+                    self._pass(child, mask, whole if several else ones[0])
 
     def view(self, node: Node, mask: int, gradient: Tensor) -> None:
         """The same entries in another shape."""
@@ -238,36 +309,44 @@ class _Descent:
         front = gradient.shape[:1] if mask & (mask - 1) else ()
         self._pass(child, mask, gradient.reshape(*front, *_shape(child)))
 
+    def _look(self, node: Node, value: Tensor) -> None:
+        """Take note of it where nobody watches the value that a node computed."""
+        if not (self.trunk.watched or value.retains_grad):
+            self.unwatched.add(node)
+
     def _pass(self, child: Node, mask: int, gradient: Tensor) -> None:
         self.arrived.setdefault(child, []).append((mask, gradient))
 
     def _write(self, leaf: Any, mask: int, gradient: Tensor, x: Tensor | None) -> None:
         """The gradients of a weight, ``D_t' X``, or without X of a bias, the sums of ``D_t``."""
-        p, several = leaf.variable, mask & (mask - 1)
-        k = self.trunk.places.get(id(p))
-        if k is None:
-            self.heads.append((p, mask.bit_length() - 1, gradient.sum(0) if x is None else gradient.T @ x))
-            return
-        self.written.add(k)
-        rows = gradient if several else gradient.unsqueeze(0)
+        rows = gradient if mask & (mask - 1) else gradient.unsqueeze(0)
+        k = self.trunk.places.get(id(leaf.variable))
         if k in self.jacobian.outputs:
-            self.jacobian.outputs[k] = self._of_all(mask, rows)
-            return
-        place = self.jacobian.slices[k]
-        if mask != self.every or place.dtype != rows.dtype:
-            place.copy_(self._of_all(mask, rows.sum(1) if x is None else rows.transpose(1, 2) @ x))
-        elif x is None:
-            torch.sum(rows, 1, out=place)
+            self.jacobian.outputs[k][_tasks(mask)] = rows
+            self._written(k, mask)
+        elif k is None or mask != self.every or self.jacobian.slices[k].dtype != rows.dtype:
+            self._keep(leaf, mask, rows.sum(1) if x is None else rows.transpose(1, 2) @ x)
         else:
-            torch.bmm(rows.transpose(1, 2), x.expand(len(rows), *x.shape), out=place)
+            place = self.jacobian.slices[k][self.tasks.start : self.tasks.stop]
+            if x is None:
+                torch.sum(rows, 1, out=place)
+            else:
+                torch.bmm(rows.transpose(1, 2), x.expand(len(rows), *x.shape), out=place)
+            self.written.add(k)
 
-    def _of_all(self, mask: int, rows: Tensor) -> Tensor:
-        """Rows of some tasks with zeros for the others."""
-        if mask == self.every:
-            return rows
-        whole = rows.new_zeros(self.jacobian.count, *rows.shape[1:])
-        whole[_tasks(mask)] = rows
-        return whole
+    def _keep(self, leaf: Any, mask: int, gradients: Tensor) -> None:
+        """The gradients of a leaf of a set of tasks."""
+        k = self.trunk.places.get(id(leaf.variable))
+        if k is None:
+            self.heads += [(leaf.variable, t, one) for t, one in zip(_tasks(mask), gradients, strict=True)]
+        else:
+            self.jacobian.slices[k][_tasks(mask)] = gradients.to(self.jacobian.slices[k].dtype)
+            self._written(k, mask)
+
+    def _written(self, k: int, mask: int) -> None:
+        self.written.add(k)
+        if mask != self.every:
+            self.jacobian.clear(k, _tasks(self.every & ~mask))
 
 
 def _together(parts: Sequence[tuple[int, Tensor]]) -> tuple[int, Tensor]:
@@ -299,6 +378,10 @@ def _together(parts: Sequence[tuple[int, Tensor]]) -> tuple[int, Tensor]:
 _first = itemgetter(0)
 
 
+def _as_tuple(found: Any) -> tuple[Any, ...]:
+    return found if isinstance(found, tuple) else (found,)
+
+
 def _tasks(mask: int) -> list[int]:
     return [t for t in range(mask.bit_length()) if mask >> t & 1]
 
@@ -319,7 +402,7 @@ def _tell(node: Node, gradient: Tensor) -> Tensor:
     """Show a gradient to the hooks on the value that a node computed; the gradient that they leave is returned."""
     edge = GradientEdge(node, 0)
     # as torch.autograd.grad, which takes twice as long
-    engine: Any = Variable._execution_engine  # type: ignore[attr-defined]
+    engine: Any = Variable._execution_engine
     found: Tensor = engine.run_backward((edge,), (gradient,), True, False, (edge,), True, accumulate_grad=False)[0]
     return found
 
@@ -368,15 +451,27 @@ def _nothing(*_: object) -> None:
     """A hook that leaves everything as it is."""
 
 
-_UNKNOWN = object()
+_USED = "detente"
+_WITH_LEAVES = ("NativeLayerNormBackward0",)
+
+
+def _all(rule: str, names: str) -> dict[str, str]:
+    return dict.fromkeys(names.split(), rule)
+
+
 _RULES = {
-    "AddmmBackward0": "linear",
-    "MmBackward0": "linear",
-    "ViewBackward0": "view",
-    "UnsafeViewBackward0": "view",
-    "ReshapeAliasBackward0": "view",
-    **{
-        f"{name}Backward0": "elementwise"
-        for name in ("Add", "Div", "Elu", "Gelu", "LeakyRelu", "Mul", "Neg", "Relu", "Sigmoid", "Silu", "Softplus", "Sub", "Tanh")
-    },
-}  # fmt: skip
+    **_all("linear", "AddmmBackward0 MmBackward0"),
+    **_all("view", "UnsafeViewBackward0 ViewBackward0"),
+    **_all(
+        "elementwise",
+        """AddBackward0 AliasBackward0 CeluBackward0 ClampBackward1 ClampMaxBackward0 ClampMinBackward0 CloneBackward0
+        CosBackward0 DivBackward0 EluBackward0 ExpBackward0 HardtanhBackward0 LeakyReluBackward0 MishBackward0
+        MulBackward0 NegBackward0 PowBackward0 ReluBackward0 SigmoidBackward0 SiluBackward0 SinBackward0
+        SoftplusBackward0 SubBackward0 TanhBackward0""",
+    ),
+    **_all(
+        "each",
+        """GeluBackward0 MeanBackward1 NativeDropoutBackward0 NativeLayerNormBackward0 PermuteBackward0 SliceBackward0
+        SqueezeBackward1 SumBackward1 TransposeBackward0 UnsqueezeBackward0""",
+    ),
+}
