@@ -19,7 +19,7 @@ from detente.engine.grad import accumulate, pull
 from detente.engine.graph import Reach, users
 from detente.engine.jacobian import Jacobian
 from detente.engine.lean import LARGE, Product, fresh, products, worth
-from detente.engine.linear import Trunk, Unfit
+from detente.engine.linear import MANY, Trunk, Unfit
 from detente.engine.rows import Scattered
 from detente.engine.source import (
     Disjoint,
@@ -166,7 +166,8 @@ class Step:
         if weighting is not None:
             blocks = blocks * first.unsqueeze(1) * first
             cross = None if cross is None else cross * first.unsqueeze(1) * first
-        context = replace(context, losses=losses * first, cross=cross)
+            context.losses = losses * first
+        context.cross = cross
         if shares is not None:
             context = replace(
                 context,
@@ -185,14 +186,14 @@ class Step:
             accumulate({id(p): (p, u) for p, u in zip(found.shared, updates, strict=True)}, ours=True)
         if isinstance(jacobian, Jacobian) and not method.transforms:  # a method may keep the rows that it sees
             jacobian.release()
-        total = blocks.sum(0).numpy()
+        total = blocks[0].numpy() if len(blocks) == 1 else blocks.sum(0).numpy()
         # a task that is left out for its zero trunk gradient still trains its head
         left_out = ~((blocks.numpy().diagonal(0, 1, 2) > 0).any(0) | (weights.numpy() != 0).any(0))
         self._train_heads(taken.heads, method, weights, first, left_out)
 
         stats: dict[str, Any] = {
             **taken.how,
-            "conflicts": int(np.count_nonzero(np.triu(total, 1) < 0)),
+            "conflicts": int(np.count_nonzero(total < 0)) // 2,
             "dropped": [t for t, out in zip(context.tasks, left_out.tolist(), strict=True) if out],
             **context.stats,
         }
@@ -259,6 +260,8 @@ class Step:
         """The trunk that all tasks can go down together, where that is asked for or faster; or why there is none."""
         if self.engine not in ("auto", "batched"):
             return None, ""
+        if self.engine == "auto" and len(rows) < MANY and not any(p.numel() >= LARGE for p in self.found.shared):
+            return None, "there are few tasks and no large weights"
         try:
             if len(rows) < len(self.tasks) or self.others or self.micro_batches > 1:
                 raise Unfit("the step is made of several graphs, or of sampled tasks")
@@ -305,7 +308,8 @@ class Step:
         self, jacobian: Rows, rows: list[Row], method: GramianMethod, kept: Mapping[int, Product]
     ) -> tuple[list[Head], Tensor]:
         """Write the rows, added up over the micro-batches; the heads' gradients and the losses, added up alike."""
-        heads, values = [], torch.zeros(len(self.tasks), dtype=torch.float64)
+        heads: list[Head] = []
+        values = _NONE
         for m, (named, found) in enumerate(chain([(self.named, self.found)], self.further)):
             if m:
                 found = self._same(named, found)
@@ -506,6 +510,9 @@ def resolve(
     method.transform(jacobian.buffers, context)
     weights = method.weights(jacobian.gramian(partition).cpu(), context)
     return weights * first, jacobian.combine(weights * scale, partition)
+
+
+_NONE = torch.empty(0)
 
 
 class _Plain(LossWeighting):

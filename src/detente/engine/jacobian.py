@@ -55,15 +55,22 @@ class Jacobian:
         for k, p in enumerate(self.parameters):
             if k not in self.inputs and k not in self.fresh:
                 kinds.setdefault((p.dtype.to_real(), self.devices[k], self.shares[k]), []).append(k)
+        self.shapes = [(*p.shape, 2) if p.is_complex() else p.shape for p in self.parameters]
+        self.sizes = [math.prod(shape) for shape in self.shapes]
         self.groups: list[tuple[list[int], Tensor]] = []
-        self.slices: list[Tensor] = [_NOTHING] * len(self.parameters)  # [T, *shape] views, one per parameter
         for (dtype, device, _), members in kinds.items():
-            shapes = [(*p.shape, 2) if p.is_complex() else p.shape for p in map(self.parameters.__getitem__, members)]
-            sizes = [math.prod(shape) for shape in shapes]
-            buffer = _memory(count * sum(sizes), storage or dtype, device).view(count, sum(sizes))
-            self.groups.append((members, buffer))
-            for k, shape, part in zip(members, shapes, buffer.split_with_sizes(sizes, 1), strict=True):
-                self.slices[k] = part.view(count, *shape)
+            length = sum([self.sizes[k] for k in members])
+            self.groups.append((members, _memory(count * length, storage or dtype, device).view(count, length)))
+
+    @cached_property
+    def slices(self) -> list[Tensor]:
+        """Views of the buffers ``[T, *shape]``, one per parameter."""
+        found = [_NOTHING] * len(self.parameters)
+        for members, buffer in self.groups:
+            parts = buffer.split_with_sizes([self.sizes[k] for k in members], 1)
+            for k, part in zip(members, parts, strict=True):
+                found[k] = part.view(self.count, *self.shapes[k])
+        return found
 
     def release(self) -> None:
         """Let the next step write into the same memory: what is touched for the first time costs more than its use."""
@@ -90,6 +97,8 @@ class Jacobian:
         for k, tensors in self.fresh.items():
             gradient = gradients[k]
             tensors[row] = None if gradient is None else gradient.contiguous()
+        if not add and self._laid_out(row, gradients):
+            return
         places, values = [], []
         for k, rows in self.places.items():
             gradient = gradients[k]
@@ -102,6 +111,20 @@ class Jacobian:
             torch._foreach_add_(places, [value.to(place.dtype) for place, value in zip(places, values, strict=True)])
         elif places:
             torch._foreach_copy_(places, values)
+
+    def _laid_out(self, row: int, gradients: Sequence[Tensor | None]) -> bool:
+        """Write a row with one call, where gradients need only be laid end to end."""
+        if len(self.groups) != 1:
+            return False
+        members, buffer = self.groups[0]
+        parts = []
+        for k in members:
+            gradient = gradients[k]
+            if gradient is None or gradient.dtype != buffer.dtype or not gradient.is_contiguous():
+                return False
+            parts.append(gradient.view(-1))
+        torch.cat(parts, out=buffer[row])
+        return True
 
     def clear(self, k: int, rows: Sequence[int]) -> None:
         """Zero gradients of one parameter for some tasks."""
@@ -176,7 +199,7 @@ class Jacobian:
         return updates
 
     def _combine(self, weights: Tensor, partition: Partition) -> list[Tensor]:
-        updates: list[Tensor] = list(self.slices)
+        updates = [_NOTHING] * len(self.parameters)
         chosen = self._chosen(weights, partition)
         for k, x in self.inputs.items():
             updates[k] = torch.tensordot(chosen[k][0].to(x.dtype), self.outputs[k], 1).T @ x
@@ -185,10 +208,9 @@ class Jacobian:
         if partition.count == 1:
             for members, buffer in self.groups:
                 combined = _weighted(chosen[members[0]][0], buffer, self.parameters[members[0]].dtype.to_real())
-                shapes = [self.slices[k].shape[1:] for k in members]
-                parts = combined.split_with_sizes([math.prod(shape) for shape in shapes])
-                for k, shape, part in zip(members, shapes, parts, strict=True):
-                    updates[k] = part.view(shape)
+                parts = combined.split_with_sizes([self.sizes[k] for k in members])
+                for k, part in zip(members, parts, strict=True):
+                    updates[k] = part.view(self.shapes[k])
         else:
             for k, ((dims, _), rows) in enumerate(zip(partition.members, self.slices, strict=True)):
                 if k in self.inputs or k in self.fresh:

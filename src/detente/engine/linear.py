@@ -25,7 +25,10 @@ from detente.engine.graph import LEAF, Edges, Reach, root
 from detente.engine.jacobian import Jacobian
 from detente.engine.lean import saved_input
 
-__all__ = ["Trunk", "Unfit", "remember"]
+__all__ = ["MANY", "Trunk", "Unfit", "remember"]
+
+MANY = 4
+"""Tasks from which going down together is faster also for small weights."""
 
 _CACHED = 1 << 17  # entries of the tasks' gradients of one value that stay in the cache
 
