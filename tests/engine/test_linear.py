@@ -18,7 +18,6 @@ import detente
 
 # sums of a few hundred products in another order, which a solver may enlarge by the condition of its problem
 CLOSE = {torch.float64: 1e-8, torch.float32: 1e-3}
-TASKS = ("a", "b", "c")
 
 
 class Net(nn.Module):
@@ -28,7 +27,7 @@ class Net(nn.Module):
         self,
         between: Callable[[Tensor], Tensor] = torch.tanh,
         heads: Callable[[int], nn.Module] = lambda k: nn.Linear(5, 2),
-        tasks: int = 3,
+        tasks: int = 4,
         sizes: tuple[int, int, int] = (4, 6, 5),
     ) -> None:
         torch.manual_seed(0)
@@ -159,7 +158,7 @@ def test_what_has_no_rule_takes_a_pass_per_task_and_says_so(between, word):
     net = Net(between)
     update = same_as_serial(net, X, "serial")
     assert f"operation {word}" in update.stats["why"]
-    assert update.stats["backwards"] == 3
+    assert update.stats["backwards"] == 4
     net.zero_grad()
     with pytest.raises(ValueError, match=f"operation {word}"):
         net.step(X, "batched")
@@ -234,7 +233,7 @@ def test_a_head_that_is_listed_as_shared():
     net = Net()
     shared = [*net.first.parameters(), *net.second.parameters(), net.heads["a1"].weight, net.heads["a1"].bias]
     update = same_as_serial(net, X, "batched", shared=shared)
-    assert update.gramian.shape == (3, 3)
+    assert update.gramian.shape == (4, 4)
 
 
 def test_some_of_the_trunk_is_listed_as_shared():
@@ -249,6 +248,7 @@ class Parts(Net):
         low = self.first(x).tanh()
         high = self.second(low).tanh()
         found = {"a": self.heads["a0"](high).square().mean(), "b": (self.heads["a1"](high) - 1).square().mean()}
+        found["d"] = self.heads["a2"](high).square().mean()
         return {**found, "c": (self.first(x + 1) if self.twice else self.end(low)).square().mean()}
 
     twice = False
@@ -299,11 +299,17 @@ def test_losses_that_are_the_trunk_itself():
         assert linear.weight.grad is not None
 
 
+def test_few_tasks_on_small_weights_take_a_pass_each():
+    assert "few tasks" in same_as_serial(Net(tasks=3), X, "serial").stats["why"]
+    assert Net(tasks=3).step(X, "batched").stats["engine"] == "batched"
+    same_as_serial(Net(tasks=2, sizes=(4, 200, 200), heads=lambda k: nn.Linear(200, 2)), X, "batched")
+
+
 @pytest.mark.parametrize("tasks", [1, 2, 40])
 def test_many_tasks_go_down_in_groups(tasks):
     net = Net(sizes=(4, 128, 64), heads=lambda k: nn.Linear(64, 3), tasks=tasks)
     x = data(64, 4)  # 64 x 128 entries a task: 16 at once
-    update = net.step(x, method=detente.UPGrad(), shared=[*net.first.parameters(), *net.second.parameters()])
+    update = net.step(x, "batched", detente.UPGrad(), shared=[*net.first.parameters(), *net.second.parameters()])
     assert update.stats["engine"] == "batched"
     mine = net.found()
     net.step(x, "serial", detente.UPGrad(), shared=[*net.first.parameters(), *net.second.parameters()])
@@ -398,7 +404,7 @@ def test_a_hook_sees_every_task_once(value):
     for engine, found in seen.items():
         net.watch = lambda name, v, f=found: v.register_hook(lambda g: f.append(g.clone())) if name == value else None
         net.step(X, engine)
-    assert len(seen["auto"]) == len(seen["serial"]) == 3
+    assert len(seen["auto"]) == len(seen["serial"]) == 4
     for mine, theirs in zip(seen["auto"], seen["serial"], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 

@@ -126,9 +126,9 @@ class Jacobian:
         torch.cat(parts, out=buffer[row])
         return True
 
-    def clear(self, k: int, rows: Sequence[int]) -> None:
-        """Zero gradients of one parameter for some tasks."""
-        (self.outputs if k in self.outputs else self.slices)[k][list(rows)] = 0
+    def clear(self, k: int, start: int, stop: int) -> None:
+        """Zero gradients of one parameter in these rows."""
+        (self.outputs if k in self.outputs else self.slices)[k][start:stop].zero_()
 
     @property
     def buffers(self) -> list[Tensor]:

@@ -219,7 +219,7 @@ class _Descent:
                 getattr(self, trunk.inside[node])(node, mask, gradient)
         for k in range(len(jacobian.parameters)):
             if k not in self.written:
-                jacobian.clear(k, tasks)
+                jacobian.clear(k, tasks.start, tasks.stop)
 
     def _above(self, losses: list[Tensor]) -> None:
         """Autograd's part: from the losses to where the trunk begins."""
@@ -325,8 +325,8 @@ class _Descent:
         rows = gradient if mask & (mask - 1) else gradient.unsqueeze(0)
         k = self.trunk.places.get(id(leaf.variable))
         if k in self.jacobian.outputs:
-            self.jacobian.outputs[k][_tasks(mask)] = rows
-            self._written(k, mask)
+            self._fill(self.jacobian.outputs[k], mask, rows)
+            self.written.add(k)
         elif k is None or mask != self.every or self.jacobian.slices[k].dtype != rows.dtype:
             self._keep(leaf, mask, rows.sum(1) if x is None else rows.transpose(1, 2) @ x)
         else:
@@ -343,13 +343,20 @@ class _Descent:
         if k is None:
             self.heads += [(leaf.variable, t, one) for t, one in zip(_tasks(mask), gradients, strict=True)]
         else:
-            self.jacobian.slices[k][_tasks(mask)] = gradients.to(self.jacobian.slices[k].dtype)
-            self._written(k, mask)
+            self._fill(self.jacobian.slices[k], mask, gradients)
+            self.written.add(k)
 
-    def _written(self, k: int, mask: int) -> None:
-        self.written.add(k)
-        if mask != self.every:
-            self.jacobian.clear(k, _tasks(self.every & ~mask))
+    def _fill(self, place: Tensor, mask: int, rows: Tensor) -> None:
+        """Write the rows of a set of tasks, and zeros for the others. (A list of positions would go to the device.)"""
+        if mask == self.every:
+            place[self.tasks.start : self.tasks.stop].copy_(rows)
+            return
+        given = iter(rows)
+        for t in self.tasks:
+            if mask >> t & 1:
+                place[t].copy_(next(given))
+            else:
+                place[t].zero_()
 
 
 def _together(parts: Sequence[tuple[int, Tensor]]) -> tuple[int, Tensor]:
@@ -373,7 +380,8 @@ def _together(parts: Sequence[tuple[int, Tensor]]) -> tuple[int, Tensor]:
         rows = gradient if other & (other - 1) else gradient.unsqueeze(0)
         if whole is None:
             whole = rows.new_zeros(len(places), *rows.shape[1:])
-        whole[[places[task] for task in _tasks(other)]] += rows
+        for task, row in zip(_tasks(other), rows, strict=True):
+            whole[places[task]] += row
     assert whole is not None
     return mask, whole
 
