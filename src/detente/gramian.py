@@ -7,7 +7,7 @@ tasks ``i`` and ``j``, once for the whole model or once per block of coordinates
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,25 +112,44 @@ def _on_host(rows: Tensor | Sequence[Tensor], others: Tensor | Sequence[Tensor] 
     rows.
     """
     count, length = len(rows), rows[0].numel()
-    total = np.zeros((count, count))
-    wide, against = _SCRATCH.halves(count) if others is not None else (_SCRATCH.whole(count),) * 2
+    total: Array = np.zeros((count, count))
+    wide, against = (_SCRATCH.whole(count),) * 2 if others is None else _SCRATCH.halves(count)
     step = wide.shape[1]
-    read = _reader(rows)
-    read_others = read if others is None else _reader(others)
+    given, theirs = _arrays(rows), None if others is None else _arrays(others)
     for start in range(0, length, step):
-        size = min(step, length - start)
-        a = read(start, wide[:, :size])
-        if others is not None:
-            total += a.dot(read_others(start, against[:, :size]).T)
-        elif count <= _FEW:
+        a = _filled(wide[:, : length - start], given, start)
+        if theirs is not None:
+            total += a.dot(_filled(against[:, : length - start], theirs, start).T)
+        elif count > _FEW:
+            total += a.dot(a.T)
+        else:
             for i, left in enumerate(a):
                 for j in range(i + 1):
                     total[i, j] += left.dot(a[j])
-        else:
-            total += a.dot(a.T)
-    if others is None:
-        total = (total + total.T) / 2 if count > _FEW else total + np.tril(total, -1).T
+    if others is None and count > _FEW:
+        total = (total + total.T) / 2
+    elif others is None:
+        for i in range(count):
+            total[:i, i] = total[i, :i]
     return total
+
+
+def _arrays(rows: Tensor | Sequence[Tensor]) -> Array | list[Array]:
+    """As NumPy knows them, which knows no bfloat16: those are converted piece by piece."""
+    if rows[0].dtype == torch.bfloat16:
+        return list(rows)
+    return rows.numpy() if isinstance(rows, Tensor) else [row.numpy() for row in rows]
+
+
+def _filled(into: Array, rows: Array | list[Array], start: int) -> Array:
+    """Some columns of the rows, from ``start``, in float64."""
+    stop = start + into.shape[1]
+    if isinstance(rows, np.ndarray):
+        into[...] = rows[:, start:stop]
+        return into
+    for place, row in zip(into, rows, strict=True):
+        place[...] = row[start:stop].float().numpy() if isinstance(row, Tensor) else row[start:stop]
+    return into
 
 
 class _Scratch(threading.local):
@@ -151,29 +170,6 @@ class _Scratch(threading.local):
 
 
 _SCRATCH = _Scratch()
-
-
-def _reader(rows: Tensor | Sequence[Tensor]) -> Callable[[int, Array], Array]:
-    """A function that fills a float64 array with some columns of the rows."""
-    if rows[0].dtype == torch.bfloat16:  # which NumPy does not know
-
-        def read(start: int, into: Array) -> Array:
-            for row, place in zip(rows, into, strict=True):
-                np.copyto(place, row[start : start + len(place)].float().numpy())
-            return into
-
-        return read
-    arrays = rows.numpy() if isinstance(rows, Tensor) else [row.numpy() for row in rows]
-
-    def copy(start: int, into: Array) -> Array:
-        if isinstance(arrays, np.ndarray):
-            into[...] = arrays[:, start : start + into.shape[1]]
-        else:
-            for array, place in zip(arrays, into, strict=True):
-                np.copyto(place, array[start : start + len(place)])
-        return into
-
-    return copy
 
 
 def cosines(gramian: Tensor) -> Tensor:

@@ -302,7 +302,7 @@ def test_losses_that_are_the_trunk_itself():
 def test_few_tasks_on_small_weights_take_a_pass_each():
     assert "few tasks" in same_as_serial(Net(tasks=3), X, "serial").stats["why"]
     assert Net(tasks=3).step(X, "batched").stats["engine"] == "batched"
-    same_as_serial(Net(tasks=2, sizes=(4, 200, 200), heads=lambda k: nn.Linear(200, 2)), X, "batched")
+    same_as_serial(Net(tasks=2, sizes=(4, 400, 400), heads=lambda k: nn.Linear(400, 2)), X, "batched")
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 40])

@@ -138,7 +138,7 @@ def _computed(node: Node, users: Mapping[Node, list[Node]]) -> bool:
     return all(computes(user) for user in users.get(node, ()))
 
 
-LARGE = 1 << 15  # entries from which a copy costs more than handling one more tensor
+LARGE = 1 << 17  # entries from which a copy costs more than handling one more tensor
 # of which arguments an operation computes the gradient, instead of handing on its own
 _COMPUTED = {
     "AddmmBackward0": (1, 2), "MmBackward0": (0, 1), "ConvolutionBackward0": (0, 1), "EmbeddingBackward0": (0,),
