@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # two threads under contention are many times slower than one
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-long lint docs bench bench-agreement bench-solvers bench-steps bench-memory bench-distributed bench-driver bench-disjoint bench-sac clean
+.PHONY: demo test test-long lint docs bench bench-agreement bench-solvers bench-aggregation bench-steps bench-memory bench-distributed bench-driver bench-disjoint bench-sac clean
 
 demo: .venv/compare
 	$(BIN)/detente compare digits --out runs/demo
@@ -57,13 +57,16 @@ docs: .venv/docs
 BENCH := benchmarks/.venv/bin/python
 BENCH_PIP := $(BENCH) -m pip install --quiet --disable-pip-version-check --constraint benchmarks/constraints.txt
 
-bench: bench-agreement bench-solvers bench-steps bench-memory bench-distributed
+bench: bench-agreement bench-solvers bench-aggregation bench-steps bench-memory bench-distributed
 
 bench-agreement: benchmarks/.venv/ready
 	$(BENCH) benchmarks/agreement.py
 
 bench-solvers: benchmarks/.venv/ready
 	$(BENCH) benchmarks/solvers.py
+
+bench-aggregation: benchmarks/.venv/ready
+	$(BENCH) benchmarks/aggregation.py
 
 bench-steps: benchmarks/.venv/ready
 	$(BENCH) benchmarks/steps.py

@@ -111,7 +111,7 @@ def header(title: str, device: torch.device | None = None) -> str:
     import detente  # which may run from its source, without being installed
 
     gpu = device is not None and device.type == "cuda"
-    packages = ("torch", "numpy", "scipy", "cvxpy", "clarabel", "ecos", "quadprog")
+    packages = ("torch", "numpy", "numba", "scipy", "cvxpy", "clarabel", "ecos", "quadprog")
     lines = [
         f"# {title}",
         "",
