@@ -67,10 +67,10 @@ def backward(
         engine: how the task gradients of the parameters are taken and kept; the result is the same. ``"serial"`` takes
             one pass per task and writes every gradient. ``"lean"`` keeps those of the linear layers as the products
             that they are, which saves the writing but takes longer where a batch has many more samples than the
-            layer has units; ``"auto"`` chooses layer by layer. ``"batched"`` does as ``"auto"``, with one batched pass
-            through the trunk instead of T: faster for small batches and many tasks, for trunks of linear layers
-            and elementwise operations only. Hooks on values inside the trunk then see batched tensors, and
-            ``retain_grad`` keeps one. ``update.stats["engine"]`` says what ran, ``["why"]`` and ``["products"]`` why.
+            layer has units. ``"batched"`` takes the gradients of all tasks down the trunk together, where that is made
+            of linear layers, LayerNorm and elementwise operations. ``"auto"`` chooses: products layer by layer, all
+            tasks together where there are at least four of them or large weights, and values small beside the
+            weights or the cache. ``update.stats["engine"]`` says what ran, ``["why"]`` and ``["products"]`` why.
         storage: dtype in which the task gradients wait for their coefficients, such as ``torch.bfloat16`` for half the
             memory; their products and the update are summed in float64 and float32. None keeps them as they are.
         scale: factor that is already inside the losses, such as ``scaler.get_scale()``. Methods see the unscaled

@@ -189,7 +189,7 @@ class Step:
         total = blocks[0].numpy() if len(blocks) == 1 else blocks.sum(0).numpy()
         # a task that is left out for its zero trunk gradient still trains its head
         left_out = ~((blocks.numpy().diagonal(0, 1, 2) > 0).any(0) | (weights.numpy() != 0).any(0))
-        self._train_heads(taken.heads, method, weights, first, left_out)
+        self._train_heads(taken, method, weights, first, left_out)
 
         stats: dict[str, Any] = {
             **taken.how,
@@ -254,7 +254,8 @@ class Step:
             "backwards": 1 if together else count * (self.micro_batches + len(self.others)),
             "products": len(kept),
         }
-        return _Taken(jacobian, heads, values, partition, how)
+        ours = together is not None and not together.above
+        return _Taken(jacobian, heads, values, partition, how, ours=ours)
 
     def _together(self, rows: list[Row]) -> tuple[Trunk | None, str]:
         """The trunk that all tasks can go down together, where that is asked for or faster; or why there is none."""
@@ -364,16 +365,16 @@ class Step:
             each.append(jacobian)
         return each[-2].gramian(taken.partition, each[-1])  # type: ignore[arg-type]
 
-    def _train_heads(
-        self, heads: list[Head], method: GramianMethod, weights: Tensor, first: Tensor, left_out: Any
-    ) -> None:
+    def _train_heads(self, taken: _Taken, method: GramianMethod, weights: Tensor, first: Tensor, left_out: Any) -> None:
         gradients: dict[int, tuple[Tensor, Tensor]] = {}
-        for p, r, gradient in heads:
-            weighted = method.heads == "weighted" and not left_out[r]
-            factor = float(weights[0, r]) if weighted else float(first[r])
-            scaled = gradient if factor == 1 else gradient * factor
+        factors = first.tolist()
+        if method.heads == "weighted":
+            given = weights[0].tolist()
+            factors = [old if out else new for old, new, out in zip(factors, given, left_out, strict=True)]
+        for p, r, gradient in taken.heads:
+            scaled = gradient if factors[r] == 1 else gradient * factors[r]
             gradients[id(p)] = (p, gradients[id(p)][1] + scaled if id(p) in gradients else scaled)
-        accumulate(gradients)
+        accumulate(gradients, ours=taken.ours)
 
     def _read(self) -> Tensor:
         """Unscaled loss values ``[T]`` float64 on the CPU, checked where no gradient scaler would skip the step."""
@@ -421,6 +422,7 @@ class _Taken:
         partition: the blocks.
         how: they were taken, for ``stats``.
         features: the place where they were taken, where that is not the shared parameters.
+        ours: whether nobody else has the gradients of the tasks' own parameters.
     """
 
     jacobian: Rows
@@ -429,6 +431,7 @@ class _Taken:
     partition: Partition
     how: dict[str, Any]
     features: Features | None = None
+    ours: bool = False
 
 
 def _values(losses: list[Tensor]) -> Tensor:
