@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -95,3 +98,27 @@ def test_partitions():
     assert (channel.count, blocks(channel)) == (10, [[0, 1, 2], [3], [4, 5, 6, 7], [], [8, 9]])
     assert [dims for dims, _ in channel.members] == [(0,), (), (0,), (0,), (0,)]
     assert all(index.dtype == torch.int64 for _, index in channel.members)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 11, 23])
+@pytest.mark.parametrize("columns", [0, 1, 8_191, 8_192, 20_000])
+def test_compiled_products_of_float32(count, columns):
+    pytest.importorskip("numba")
+    rows = randn(count, columns).float()
+    wanted = rows.double() @ rows.double().T
+    for form in (rows, list(rows), rows.T.contiguous().T):  # the last one is not laid out for the compiled loops
+        # rounding in float64 of sums of up to 2e4 terms
+        torch.testing.assert_close(gramian(form), wanted, rtol=1e-11, atol=1e-9)
+
+
+def test_without_numba_the_result_is_the_same():
+    rows = randn(6, 30_000).float()
+    code = (
+        "import sys; sys.modules['numba'] = None\n"
+        "import torch, detente\n"
+        "rows = torch.randn((6, 30_000), generator=torch.Generator().manual_seed(0), dtype=torch.float64).float()\n"
+        "print('detente.compiled' in sys.modules, detente.gramian.gramian(rows).sum().item())"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert output[0] == "False"
+    assert float(output[1]) == pytest.approx(float(gramian(rows).sum()), rel=1e-12)

@@ -60,7 +60,8 @@ def aggregate(jacobian: Tensor, method: Method, losses: Sequence[float] | Tensor
             raise ValueError(f"{method.name} needs the losses of the step; pass losses=[...] beside the gradients.")
         weights = method.weights(torch.ones(count, dtype=torch.float64) if values is None else values, context)
         return weights.to(jacobian.device, jacobian.dtype) @ jacobian
-    rows = Jacobian.over(jacobian.detach().clone() if method.transforms else jacobian.detach())
+    matrix = jacobian.detach()
+    rows = Jacobian.over(matrix.clone(memory_format=torch.contiguous_format) if method.transforms else matrix)
     partition = method.partition(rows.parameters, context.tasks, "model")
     first = torch.ones(count, dtype=torch.float64)
     context.sizes = tuple(buffer.shape[1] for buffer in rows.buffers)

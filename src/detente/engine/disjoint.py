@@ -76,7 +76,7 @@ class Chunks:
         kept = _KEPT.setdefault(shared[0], set())
         checked = len(losses) > 1 and (key not in kept or os.environ.get("DETENTE_DEBUG") == "1")
         ends = [*edges, *(shared[k] for k in self.alone), *(p for p, _ in own)]
-        # tensors and edges together, as in Features.pull_each
+        # tensors and edges together, as in source.take
         taken = torch.autograd.grad(losses, ends, retain_graph=checked, allow_unused=True)  # type: ignore[arg-type]
         outputs = dict(zip(layers, taken, strict=False))
         if checked and self._apart(losses, edges, taken[: len(edges)]):

@@ -230,7 +230,7 @@ class _Descent:
             nodes = [node for node, mask in trunk.entries.items() if mask & here]
             own = [(p, t) for t in batch for p in trunk.found.own[t] if id(p) in trunk.above]
             ends = [*(GradientEdge(node, 0) for node in nodes), *(p for p, _ in own)]
-            # tensors and edges together, as in Features
+            # tensors and edges together, as in source.take
             taken = torch.autograd.grad([losses[t] for t in batch], ends, allow_unused=True)  # type: ignore[arg-type]
             for node, gradient in zip(nodes, taken, strict=False):
                 if gradient is not None:

@@ -419,7 +419,7 @@ def take(
             return ()
         if among is not None and among.layout is not None:
             return among.layout.gradients(outputs, inputs, factors, keep)  # type: ignore[arg-type]
-        # tensors and edges together, as in Features.pull_each
+        # PyTorch's annotation wants tensors or edges alone; it takes both together
         return torch.autograd.grad(outputs, inputs, factors, retain_graph=keep, allow_unused=True)  # type: ignore[arg-type]
 
     if len(row.tasks) == 1 or convention == "weighted":
