@@ -15,6 +15,7 @@ ROOT = Path(detente.__file__).parent
 
 # part of the library -> the other parts of it that it may import
 ARROWS: dict[str, set[str]] = {
+    "compiled": set(),  # loaded by gramian where it can be
     "gramian": set(),
     "solvers": set(),
     "nn": set(),
@@ -32,6 +33,7 @@ ARROWS: dict[str, set[str]] = {
 }
 ABOVE = {"benchmark", "diagnostics", "integrations"}  # on top: they may import anything of the library
 LIBRARIES = {"torch", "numpy"} | sys.stdlib_module_names
+EXTRAS = {"compiled": {"numba"}}  # of a part of the core that the rest can do without
 
 
 def part(path: Path) -> str:
@@ -78,7 +80,7 @@ def test_the_core_keeps_to_its_arrows(path):
 
 @pytest.mark.parametrize("path", CORE, ids=lambda p: str(p.relative_to(ROOT)))
 def test_the_core_needs_torch_and_numpy_only(path):
-    foreign = {name.split(".")[0] for name in imports(path)} - LIBRARIES - {"detente"}
+    foreign = {name.split(".")[0] for name in imports(path)} - LIBRARIES - {"detente"} - EXTRAS.get(part(path), set())
     assert not foreign, f"{path.relative_to(ROOT)} imports {sorted(foreign)}"
 
 
@@ -100,7 +102,7 @@ def test_engine_and_methods_do_not_know_each_other():
 
 def test_importing_detente_loads_no_optional_library():
     """In a fresh interpreter: neither the comparison tool nor what it needs is loaded."""
-    optional = "typer rich plotly sklearn scipy jinja2 matplotlib yaml filelock pandas tensorboard"
+    optional = "typer rich plotly sklearn scipy jinja2 matplotlib yaml filelock pandas tensorboard numba"
     optional += " lightning accelerate transformers"
     code = (
         "import sys, torch; before = set(sys.modules); import detente; new = set(sys.modules) - before; "
