@@ -104,10 +104,10 @@ def gramian(rows: Tensor | Sequence[Tensor], others: Tensor | Sequence[Tensor] |
 
 @cache
 def _compiled() -> ModuleType | None:
-    """The compiled products, where numba is installed."""
+    """The compiled products, where numba is installed and has a place to keep them (it raises RuntimeError else)."""
     try:
         return importlib.import_module("detente.compiled")
-    except ImportError:
+    except (ImportError, RuntimeError):
         return None
 
 

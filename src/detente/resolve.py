@@ -186,7 +186,7 @@ class Step:
             accumulate({id(p): (p, u) for p, u in zip(found.shared, updates, strict=True)}, ours=True)
         if isinstance(jacobian, Jacobian) and not method.transforms:  # a method may keep the rows that it sees
             jacobian.release()
-        total = blocks[0].numpy() if len(blocks) == 1 else blocks.sum(0).numpy()
+        total = blocks[0].numpy().copy() if len(blocks) == 1 else blocks.sum(0).numpy()
         # a task that is left out for its zero trunk gradient still trains its head
         left_out = ~((blocks.numpy().diagonal(0, 1, 2) > 0).any(0) | (weights.numpy() != 0).any(0))
         self._train_heads(taken, method, weights, first, left_out)
