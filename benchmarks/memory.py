@@ -17,6 +17,8 @@ from steps import exact, floor, plain
 from torch import nn
 from workloads import Problem
 
+from detente.gramian import gramian
+
 TASKS, WIDTH, LAYERS, SAMPLES = 10, 4096, 6, 16
 VARIANTS: dict[str, Callable[[], Callable[[Problem], object]]] = {
     "plain": lambda: plain,
@@ -36,6 +38,7 @@ def peak(variant: str) -> float:
     layers = [layer for _ in range(LAYERS) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
     problem = Problem(nn.Sequential(*layers), WIDTH, torch.randn(SAMPLES, WIDTH), TASKS)
     step = VARIANTS[variant]()
+    gramian(torch.ones(2, 3))  # loads numba
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step(problem)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
@@ -67,7 +70,8 @@ def main() -> None:
     text += (
         f"\n{LAYERS} linear layers of {WIDTH} units ({size * 2**18 / 1e6:.0f} M parameters, one copy {size:.0f} MiB), "
         f"{SAMPLES} samples, {TASKS} tasks, CAGrad, float32. Resident memory at its highest above the level before the "
-        "step, each variant in a process of its own; a plain step needs one copy for `.grad`.\n\n"
+        "step, each variant in a process of its own; a plain step needs one copy for `.grad`. numba, loaded before, "
+        "takes some 90 MiB of a process once.\n\n"
     )
     text += table(["variant", "MiB", "/ plain", "beyond plain, in copies of the trunk"], rows)
     publish(chosen.name, text)
