@@ -101,7 +101,7 @@ def test_partitions():
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 11, 23])
-@pytest.mark.parametrize("columns", [0, 1, 8_191, 8_192, 20_000])
+@pytest.mark.parametrize("columns", [0, 1, 16_383, 16_384, 40_000])
 def test_compiled_products_of_float32(count, columns):
     pytest.importorskip("numba")
     rows = randn(count, columns).float()

@@ -55,7 +55,7 @@ def gramian(rows: Any) -> Array:
     return total
 
 
-_COLUMNS = 8192  # at a time, which the cache holds
+_COLUMNS = 16384  # at a time, which the cache holds
 
 
 @_compile
