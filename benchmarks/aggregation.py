@@ -16,19 +16,11 @@ from common import attempt, header, ours, publish, shown, table  # first: sets t
 # isort: split
 import numpy as np
 import torch
-import torchjd.aggregation as tj
+from peers import METHODS
 
-METHODS = ("gd", "mgda", "cagrad", "pcgrad", "upgrad", "config", "aligned_mtl", "nash_mtl")
-PEERS: dict[str, Callable[[], tj.Aggregator]] = {
-    "gd": tj.Mean,
-    "mgda": tj.MGDA,
-    "cagrad": lambda: tj.CAGrad(c=0.5),
-    "pcgrad": tj.PCGrad,
-    "upgrad": tj.UPGrad,
-    "config": tj.ConFIG,
-    "aligned_mtl": tj.AlignedMTL,
-    "nash_mtl": lambda: tj.NashMTL(n_tasks=0),
-}
+LABELS = (
+    "mgda", "cagrad(c=0.5)", "pcgrad", "upgrad", "config", "aligned_mtl(scale='min')", "nash_mtl",
+)  # fmt: skip
 
 
 def measure(tasks: int, length: int, rounds: int) -> dict[str, list[float] | str]:
@@ -42,12 +34,10 @@ def measure(tasks: int, length: int, rounds: int) -> dict[str, list[float] | str
         "copy": lambda: other.copy_(rows),
         "the Gramian": lambda: gramian(rows),
     }
-    for name in METHODS:
-        # GD needs no gradients of single tasks, but here they are
-        method = ours("cagrad", c=0.0) if name == "gd" else ours(name)
-        variants[f"detente, {name}"] = partial(detente.aggregate, rows, method)
-        peer = tj.NashMTL(n_tasks=tasks) if name == "nash_mtl" else PEERS[name]()
-        variants[f"torchjd, {name}"] = partial(peer, rows)
+    for label in LABELS:
+        pair = METHODS[label]
+        variants[f"detente, {label}"] = partial(detente.aggregate, rows, ours(pair.name, **pair.options))
+        variants[f"torchjd, {label}"] = partial(pair.theirs(tasks, False), rows)
     found: dict[str, list[float] | str] = {}
     for name, call in variants.items():
         first = attempt(lambda call=call: (call(), "")[1], 120.0)

@@ -1086,7 +1086,7 @@ def test_update_tells_what_happened():
     torch.testing.assert_close(update.gramian, J @ J.T, **TIGHT)
     assert update.stats["conflicts"] == int(((J @ J.T).triu(1) < 0).sum())
     assert update.stats["dropped"] == []
-    assert update.stats["backwards"] == (1 if update.stats["engine"] == "batched" else 3)
+    assert update.stats["backwards"] == 3
 
 
 def test_update_names_tasks_whose_shared_gradient_is_zero():

@@ -61,7 +61,9 @@ def aggregate(jacobian: Tensor, method: Method, losses: Sequence[float] | Tensor
         weights = method.weights(torch.ones(count, dtype=torch.float64) if values is None else values, context)
         return weights.to(jacobian.device, jacobian.dtype) @ jacobian
     matrix = jacobian.detach()
-    rows = Jacobian.over(matrix.clone(memory_format=torch.contiguous_format) if method.transforms else matrix)
+    if method.transforms:
+        matrix = matrix.clone(memory_format=torch.contiguous_format)
+    rows = Jacobian([matrix[0]], count, rows=matrix)
     partition = method.partition(rows.parameters, context.tasks, "model")
     first = torch.ones(count, dtype=torch.float64)
     context.sizes = tuple(buffer.shape[1] for buffer in rows.buffers)

@@ -8,7 +8,7 @@ and kept on disk for later processes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numba import float64, njit
@@ -24,8 +24,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def _compile(function: Function) -> Function:
     # sums may be taken in any order, but what is not finite stays so
     fast = {"reassoc", "contract", "nsz"}
-    compiled: Any = njit(cache=True, nogil=True, boundscheck=False, error_model="numpy", fastmath=fast)(function)
-    return compiled  # type: ignore[no-any-return]
+    compiled = njit(cache=True, nogil=True, boundscheck=False, error_model="numpy", fastmath=fast)(function)
+    return cast("Function", compiled)
 
 
 @_compile

@@ -93,10 +93,10 @@ def gramian(rows: Tensor | Sequence[Tensor], others: Tensor | Sequence[Tensor] |
         return rows @ (rows if others is None else _matrix(others)).T
     if rows[0].device.type == "cpu":
         compiled = _compiled() if others is None and rows[0].dtype == torch.float32 else None
-        if compiled is not None and isinstance(rows, Tensor) and rows.is_contiguous():
-            return torch.from_numpy(compiled.gramian(rows.numpy()))
-        if compiled is not None and not isinstance(rows, Tensor) and all(row.is_contiguous() for row in rows):
-            return torch.from_numpy(compiled.gramian(tuple([row.numpy() for row in rows])))
+        laid_out = rows.is_contiguous() if isinstance(rows, Tensor) else all(row.is_contiguous() for row in rows)
+        if compiled is not None and laid_out:
+            given = _arrays(rows)
+            return torch.from_numpy(compiled.gramian(given if isinstance(given, np.ndarray) else tuple(given)))
         with np.errstate(over="ignore", invalid="ignore"):  # the result shows it
             return torch.from_numpy(_on_host(rows, others))
     return _on_device(_matrix(rows), None if others is None else _matrix(others))

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import chain
 from typing import Any
 
@@ -238,7 +239,7 @@ class Step:
         kept: dict[int, Product] = {}
         alone: set[int] = set()
         if not written:
-            kept, alone = _kept(found, partition, count, self.engine, together is not None, self.storage)
+            kept, alone = _kept(found, partition, count, self.engine, together, self.storage)
         inputs = {k: product.inputs for k, product in kept.items()}
         jacobian = Jacobian(found.shared, count, inputs, alone, self.storage)
         if together is not None:
@@ -310,7 +311,7 @@ class Step:
     ) -> tuple[list[Head], Tensor]:
         """Write the rows, added up over the micro-batches; the heads' gradients and the losses, added up alike."""
         heads: list[Head] = []
-        values = _NONE
+        values: list[Tensor] = []
         for m, (named, found) in enumerate(chain([(self.named, self.found)], self.further)):
             if m:
                 found = self._same(named, found)
@@ -319,8 +320,8 @@ class Step:
                 rows = [replace(row, add=m > 0, more=m < self.micro_batches - 1) for row in rows]
             for r, (row, last) in enumerate(zip(rows, done_with(found, rows), strict=True)):
                 heads += take(jacobian, r, row, tensors, found, method.heads, kept, self.among, last=last)
-            values = _values(tensors) if m == 0 else values + _values(tensors)
-        return (heads if self.among is None else self.among.heads(_added(heads))), values
+            values.append(_values(tensors))
+        return (heads if self.among is None else self.among.heads(_added(heads))), reduce(torch.add, values)
 
     def _same(self, named: Mapping[str, Tensor], found: Reach) -> Reach:
         """The leaves of a further micro-batch, in the order of the first."""
@@ -468,22 +469,33 @@ def _why(engine: str, kept: Mapping[int, Product], found: Reach) -> str:
 
 
 def _kept(
-    found: Reach, partition: Partition, count: int, engine: str, together: bool, storage: torch.dtype | None
+    found: Reach,
+    partition: Partition,
+    count: int,
+    engine: str,
+    together: Trunk | None,
+    storage: torch.dtype | None,
 ) -> tuple[dict[int, Product], set[int]]:
     """Which task gradients need no buffer, by position: those kept as products, and as the tensors that come."""
+
+    def pays(k: int, samples: int) -> bool:
+        if engine in ("lean", "serial"):
+            return engine == "lean"
+        return worth(samples, found.shared[k].shape, count, together=together is not None)
+
     whole = [k for k, (dims, _) in enumerate(partition.members) if dims == ()]
-    shapes = [p.shape for p in found.shared]
-    lean = [
-        k for k in whole if engine == "lean" or (engine != "serial" and worth(1, shapes[k], count, together=together))
-    ]
-    large = [] if together or storage is not None else [k for k in whole if found.shared[k].numel() >= LARGE]
+    lean = [k for k in whole if pays(k, 1)]
+    if together is not None:
+        layers = {k: together.product(k) for k in lean}
+        return {k: layer for k, layer in layers.items() if layer is not None and pays(k, layer.samples)}, set()
+    large = [] if storage is not None else [k for k in whole if found.shared[k].numel() >= LARGE]
     if not (lean or large):
         return {}, set()
     feeds = users(found.edges)
     kept = {
         lean[i]: product
         for i, product in products(feeds, [found.shared[k] for k in lean]).items()
-        if engine == "lean" or worth(product.samples, shapes[lean[i]], count, together=together)
+        if pays(lean[i], product.samples)
     }
     large = [k for k in large if k not in kept]
     return kept, {large[i] for i in fresh(feeds, [found.shared[k] for k in large])}
@@ -513,9 +525,6 @@ def resolve(
     method.transform(jacobian.buffers, context)
     weights = method.weights(jacobian.gramian(partition).cpu(), context)
     return weights * first, jacobian.combine(weights * scale, partition)
-
-
-_NONE = torch.empty(0)
 
 
 class _Plain(LossWeighting):

@@ -505,6 +505,23 @@ def test_anomaly_detection():
 # ---- errors --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("what", ["sampled", "tied", "hook"])
+def test_asked_for_where_it_cannot_be(what):
+    net, options = Net(sizes=(4, 6, 4), heads=lambda k: nn.Linear(4, 2)), {}
+    reason = "sampled tasks"
+    if what == "sampled":
+        options["source"] = detente.Sampled(1)
+    elif what == "tied":
+        net.between = lambda h: nn.functional.linear(h, net.first.weight.T) @ net.first.weight.T
+        reason = "operation"
+    else:
+        net.first.weight.register_hook(lambda g: 2 * g)
+        reason = "has a hook"
+    with pytest.raises(ValueError, match=reason):
+        net.step(X, "batched", **options)
+    assert all(p.grad is None for p in net.parameters())
+
+
 def test_a_value_that_was_changed_in_place():
     net = Watched()
     values: dict[str, Tensor] = {}

@@ -161,6 +161,5 @@ def test_stats_say_what_ran_and_why(options, engine, words):
     update = detente.backward(Net().losses(), detente.CAGrad(), **options)
     assert update.stats["engine"] == engine
     assert words in update.stats["why"]
-    assert (
-        "graddrop needs every gradient written out" in detente.backward(Net().losses(), detente.GradDrop()).stats["why"]
-    )
+    why = "graddrop needs every gradient written out; a pass for each task, because the trunk has an operation "
+    assert detente.backward(Net().losses(), detente.GradDrop()).stats["why"] == f"{why}ConvolutionBackward0"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -246,7 +247,7 @@ def boundary(losses: Sequence[Tensor], found: Reach) -> Boundary:
     return Boundary(list(edges), entries, bool(ends & below))
 
 
-LEAF = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
+LEAF: Any = type(get_gradient_edge(torch.zeros((), requires_grad=True)).node)
 """The kind of node at which a leaf's gradient arrives."""
 
 

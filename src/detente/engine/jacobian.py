@@ -32,6 +32,7 @@ class Jacobian:
             The update overwrites them, so nobody else may hold them.
         storage: dtype of the buffers; None is that of the parameters.
         shares: with several processes, the share of each parameter in a sum over them; the Gramians are then parts.
+        rows: ``[T, P]`` of the only parameter ``[P]``, where they are there already.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Jacobian:
         fresh: Iterable[int] = (),
         storage: torch.dtype | None = None,
         shares: Sequence[float] | None = None,
+        rows: Tensor | None = None,
     ) -> None:
         self.parameters = list(parameters)
         self.count = count
@@ -60,16 +62,10 @@ class Jacobian:
         self.groups: list[tuple[list[int], Tensor]] = []
         for (dtype, device, _), members in kinds.items():
             length = sum([self.sizes[k] for k in members])
-            self.groups.append((members, _memory(count * length, storage or dtype, device).view(count, length)))
-
-    @classmethod
-    def over(cls, matrix: Tensor) -> Jacobian:
-        """The rows of a matrix ``[T, P]``, in its own memory."""
-        rows = cls([], len(matrix))
-        rows.parameters, rows.devices = [matrix[0]], [matrix.device]
-        rows.shapes, rows.sizes, rows.shares = [matrix.shape[1:]], [matrix.shape[1]], [1.0]
-        rows.groups = [([0], matrix)]
-        return rows
+            if rows is None:
+                rows = _memory(count * length, storage or dtype, device).view(count, length)
+            self.groups.append((members, rows))
+            rows = None
 
     @cached_property
     def slices(self) -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-__all__ = ["LARGE", "Product", "biases", "fresh", "products", "saved_input", "worth"]
+__all__ = ["LARGE", "Product", "biases", "fresh", "packed_input", "products", "saved_input", "worth"]
 
 # what the input of the product is saved as, and which argument the weight is
 _NODES = {"AddmmBackward0": ("mat1", 2), "MmBackward0": ("self", 1)}
@@ -43,6 +43,11 @@ def saved_input(node: Node) -> Tensor:
     """The input ``[N, i]`` of a product, as the graph keeps it."""
     saved: Tensor = getattr(node, f"_saved_{_NODES[node.name()][0]}")
     return saved
+
+
+def packed_input(node: Node) -> Any:
+    """The same before hooks unpack it."""
+    return getattr(node, f"_raw_saved_{_NODES[node.name()][0]}")
 
 
 def products(users: Mapping[Node, list[Node]], parameters: Sequence[Tensor]) -> dict[int, Product]:

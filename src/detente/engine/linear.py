@@ -12,7 +12,7 @@ import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from detente.engine.graph import LEAF, Edges, Reach, root
 from detente.engine.jacobian import Jacobian
-from detente.engine.lean import saved_input
+from detente.engine.lean import Product, packed_input, saved_input
 
 __all__ = ["MANY", "Trunk", "Unfit", "remember"]
 
@@ -35,6 +35,14 @@ _CACHED = 1 << 17  # entries of the tasks' gradients of one value that stay in t
 
 class Unfit(ValueError):
     """Why a graph is none that all tasks can go down together."""
+
+
+class Layer(NamedTuple):
+    """What a linear layer takes: a value, unless that needs no gradient, and its parameters, unless they are frozen."""
+
+    value: Node | None
+    weight: Tensor | None
+    bias: Tensor | None
 
 
 class Trunk:
@@ -53,7 +61,8 @@ class Trunk:
         self.found = found
         self.places = {id(p): k for k, p in enumerate(found.shared)}
         self.inside: dict[Node, str] = {}  # from the leaves up
-        self.layers: dict[int, Node] = {}  # of every leaf inside, by its id
+        self.layers: dict[Node, Layer] = {}  # what the linear ones among them take
+        self.users: dict[int, Node] = {}  # of every leaf inside, by its id
         self.entries: dict[Node, int] = {}  # nodes that take gradients from above, with the set of losses
         self.above: dict[int, Tensor] = {}  # leaves that are used above
         self._sort()
@@ -75,54 +84,57 @@ class Trunk:
                 transposed[node] = sources[0][0]
                 continue
             rule = _RULES.get(name)
-            if rule == "linear":
-                leaves = self._linear(node, sources, transposed, len(sources) - 1)
+            layer = self._linear(node, sources, transposed) if rule == "linear" else None
+            if layer is not None:
+                leaves: list[Tensor] | None = [p for p in (layer.weight, layer.bias) if p is not None]
             else:
-                leaves = None if rule is None else self._other(node, rule, sources)
-            if leaves is None or any(id(leaf.variable) in self.layers for leaf in leaves):
+                leaves = None if rule in (None, "linear") else self._other(node, rule, sources)
+            if leaves is None or any(id(p) in self.users for p in leaves):
                 if mask & (mask - 1):
                     raise Unfit(f"the trunk has an operation {name}")
                 self._end_above(node, mask, sources, transposed)
                 continue
             assert rule is not None
             inside[node] = rule
-            for leaf in leaves:
-                self.layers[id(leaf.variable)] = node
+            if layer is not None:
+                self.layers[node] = layer
+            for p in leaves:
+                self.users[id(p)] = node
             users.update(child for child, _ in sources if child is not None)
         for node in self.entries:
             if node in users:
                 raise Unfit("a value inside the trunk is also used above it")
 
-    def _linear(self, node: Any, sources: Edges, transposed: Mapping[Node, Any], weight: int) -> list[Any] | None:
-        """The leaves of a linear layer; None where it is another product."""
-        leaves = []
-        value, matrix = sources[weight - 1][0], sources[weight][0]
+    def _linear(self, node: Any, sources: Edges, transposed: Mapping[Node, Any]) -> Layer | None:
+        """The parts of a linear layer; None where it is another product."""
+        *bias, (value, _), (matrix, _) = sources
         if value is not None and value not in self.inside:
             return None
+        weight = None
         if matrix is not None:
-            saved = node._raw_saved_mat1 if weight == 2 else node._raw_saved_self
+            saved = packed_input(node)
             if not hasattr(saved, "unpack_hook"):
                 raise Unfit("this version of PyTorch does not say whether the trunk's values were packed by hooks")
             # what is packed may be computed again whenever it is looked at
             if matrix not in transposed or saved.unpack_hook is not None:
                 return None
-            leaves.append(transposed[matrix])
-        if weight == 2:
-            if node._saved_alpha != 1 or node._saved_beta != 1:
-                return None
-            bias: Any = sources[0][0]
-            if bias is not None:
-                if type(bias) is not LEAF or list(bias.variable.shape) != list(_shape(node)[1:]):  # type: ignore[attr-defined]
-                    return None
-                leaves.append(bias)
-        return leaves
+            weight = transposed[matrix].variable
+        if not bias:
+            return Layer(value, weight, None)
+        leaf: Any = bias[0][0]
+        if node._saved_alpha != 1 or node._saved_beta != 1:
+            return None
+        if leaf is not None and (type(leaf) is not LEAF or list(leaf.variable.shape) != list(_shape(node)[1:])):
+            return None
+        return Layer(value, weight, None if leaf is None else leaf.variable)
 
-    def _other(self, node: Node, rule: str, sources: Edges) -> list[Any] | None:
+    def _other(self, node: Node, rule: str | None, sources: Edges) -> list[Tensor] | None:
         """The leaves of another operation; None where it takes something from elsewhere."""
         leaves = []
+        child: Any
         for child, _ in sources:
             if type(child) is LEAF and node.name() in _WITH_LEAVES:
-                leaves.append(child)
+                leaves.append(child.variable)
             elif child is not None and child not in self.inside:
                 return None
         return None if rule == "elementwise" and not _same_shapes(node, sources) else leaves
@@ -134,7 +146,7 @@ class Trunk:
                 continue
             leaf: Any = transposed.get(child, child)
             if type(leaf) is LEAF:
-                self.above[id(leaf.variable)] = leaf.variable  # type: ignore[attr-defined]
+                self.above[id(leaf.variable)] = leaf.variable
             elif child in self.inside:
                 self.entries[child] = self.entries.get(child, 0) | mask
 
@@ -143,7 +155,7 @@ class Trunk:
         if torch.is_anomaly_enabled():
             raise Unfit("anomaly detection wants autograd's own passes")
         for k, p in enumerate(found.shared):
-            if id(p) not in self.layers or id(p) in self.above:
+            if id(p) not in self.users or id(p) in self.above:
                 raise Unfit(f"shared parameter {k} of shape {tuple(p.shape)} is not that of one linear layer alone")
             if p._backward_hooks:
                 raise Unfit(f"shared parameter {k} has a hook")
@@ -151,7 +163,7 @@ class Trunk:
                 raise Unfit(f"shared parameter {k} has dtype {p.dtype}")
         for own in found.own:
             for p in own:
-                if id(p) in self.layers and (id(p) in self.above or p._backward_hooks):
+                if id(p) in self.users and (id(p) in self.above or p._backward_hooks):
                     raise Unfit("a task's own parameter is used in several places, or has a hook")
         if any(root(loss) in self.inside for loss in losses):
             raise Unfit("a loss is itself a part of the trunk")
@@ -160,16 +172,20 @@ class Trunk:
         """Layers of the tasks' own that take the same value and are alike, where their outputs leave the trunk."""
         alike: dict[Any, list[Node]] = {}
         for node, mask in self.entries.items():
-            if self.inside[node] == "linear" and not mask & (mask - 1):
-                *bias, (value, _), (matrix, _) = self.found.edges[node]
-                leaves: list[Any] = [edge[0] for edge in bias if edge[0] is not None]
-                if matrix is not None:
-                    leaves.append(self.found.edges[matrix][0][0])
-                listed = any(id(leaf.variable) in self.places for leaf in leaves)
-                if matrix is not None and value is not None and not listed:
-                    key = value, tuple(_shape(node)), len(bias), bool(bias and bias[0][0] is None)
-                    alike.setdefault(key, []).append(node)
+            layer = self.layers.get(node)
+            if layer is None or mask & (mask - 1) or layer.value is None or layer.weight is None:
+                continue
+            if id(layer.weight) not in self.places and id(layer.bias) not in self.places:
+                key = layer.value, tuple(_shape(node)), layer.bias is None
+                alike.setdefault(key, []).append(node)
         return list(alike.values())
+
+    def product(self, k: int) -> Product | None:
+        """The layer of which shared parameter k is the weight."""
+        p = self.found.shared[k]
+        node = self.users[id(p)]
+        layer = self.layers.get(node)
+        return Product(node, _shape(node)[0]) if layer is not None and layer.weight is p else None
 
     @property
     def at_once(self) -> int:
@@ -239,27 +255,22 @@ class _Descent:
                 if gradient is not None:
                     self.heads.append((p, t, gradient))
 
-    def _side_by_side(self, layers: list[Any]) -> None:
+    def _side_by_side(self, nodes: list[Any]) -> None:
         """Layers of one task each that take the same value, all with one call."""
-        if len(layers) < 2:
+        if len(nodes) < 2:
             return
-        edges = self.trunk.found.edges
-        parts = [self.arrived.pop(node)[0] for node in layers]
+        layers: list[Any] = [self.trunk.layers[node] for node in nodes]
+        parts = [self.arrived.pop(node)[0] for node in nodes]
         gradient = torch.stack([one for _, one in parts])
         tasks = [mask.bit_length() - 1 for mask, _ in parts]
-        *bias, (value, _), _ = edges[layers[0]]
-        x = saved_input(layers[0])
-        weights: list[Any] = [edges[edges[node][-1][0]][0][0] for node in layers]  # type: ignore[index]
-        written = torch.bmm(gradient.transpose(1, 2), x.expand(len(layers), *x.shape))
-        self.heads += [(leaf.variable, t, one) for leaf, t, one in zip(weights, tasks, written.unbind(0), strict=True)]
-        if bias and bias[0][0] is not None:
-            leaves: list[Any] = [edges[node][0][0] for node in layers]
-            sums = gradient.sum(1).unbind(0)
-            self.heads += [(leaf.variable, t, one) for leaf, t, one in zip(leaves, tasks, sums, strict=True)]
-        if value is not None:
-            self._look(value, x)
-            passed = torch.bmm(gradient, torch.stack([node._saved_mat2.T for node in layers]))
-            self._pass(value, sum(mask for mask, _ in parts), passed)
+        value, x = layers[0].value, saved_input(nodes[0])
+        written = torch.bmm(gradient.transpose(1, 2), x.expand(len(nodes), *x.shape))
+        self.heads += zip([layer.weight for layer in layers], tasks, written.unbind(0), strict=True)
+        if layers[0].bias is not None:
+            self.heads += zip([layer.bias for layer in layers], tasks, gradient.sum(1).unbind(0), strict=True)
+        self._look(value, x)
+        passed = torch.bmm(gradient, torch.stack([node._saved_mat2.T for node in nodes]))
+        self._pass(value, sum(mask for mask, _ in parts), passed)
 
     def _shown(self, node: Node, mask: int, gradient: Tensor) -> Tensor:
         """The gradient of a value inside, once the hooks on it have seen it."""
@@ -274,15 +285,14 @@ class _Descent:
 
     def linear(self, node: Any, mask: int, gradient: Tensor) -> None:
         """``Y = X W' + b``."""
-        edges = self.trunk.found.edges
-        *bias, (value, _), (matrix, _) = edges[node]
-        if matrix is not None:
+        value, weight, bias = self.trunk.layers[node]
+        if weight is not None:
             x = saved_input(node)
-            self._write(edges[matrix][0][0], mask, gradient, x)
+            self._write(weight, mask, gradient, x)
             if value is not None:
                 self._look(value, x)
-        if bias and bias[0][0] is not None:
-            self._write(bias[0][0], mask, gradient, None)
+        if bias is not None:
+            self._write(bias, mask, gradient, None)
         if value is not None:
             several = mask & (mask - 1)
             passed = (gradient.flatten(0, 1) if several else gradient) @ node._saved_mat2.T
@@ -298,11 +308,12 @@ class _Descent:
         """Operations that go from one shape to another, or whose kernels do: one task after the other."""
         several = mask & (mask - 1)
         parts = [_as_tuple(node(one)) for one in (gradient if several else [gradient])]
+        child: Any
         for (child, _), ones in zip(self.trunk.found.edges[node], zip(*parts, strict=True), strict=True):
             if child is not None and ones[0] is not None:
                 whole = torch.stack(ones)
                 if type(child) is LEAF:
-                    self._keep(child, mask, whole)
+                    self._keep(child.variable, mask, whole)
                 else:
                     self._pass(child, mask, whole if several else ones[0])
 
@@ -320,15 +331,15 @@ class _Descent:
     def _pass(self, child: Node, mask: int, gradient: Tensor) -> None:
         self.arrived.setdefault(child, []).append((mask, gradient))
 
-    def _write(self, leaf: Any, mask: int, gradient: Tensor, x: Tensor | None) -> None:
+    def _write(self, p: Tensor, mask: int, gradient: Tensor, x: Tensor | None) -> None:
         """The gradients of a weight, ``D_t' X``, or without X of a bias, the sums of ``D_t``."""
         rows = gradient if mask & (mask - 1) else gradient.unsqueeze(0)
-        k = self.trunk.places.get(id(leaf.variable))
+        k = self.trunk.places.get(id(p))
         if k in self.jacobian.outputs:
             self._fill(self.jacobian.outputs[k], mask, rows)
             self.written.add(k)
         elif k is None or mask != self.every or self.jacobian.slices[k].dtype != rows.dtype:
-            self._keep(leaf, mask, rows.sum(1) if x is None else rows.transpose(1, 2) @ x)
+            self._keep(p, mask, rows.sum(1) if x is None else rows.transpose(1, 2) @ x)
         else:
             place = self.jacobian.slices[k][self.tasks.start : self.tasks.stop]
             if x is None:
@@ -337,11 +348,11 @@ class _Descent:
                 torch.bmm(rows.transpose(1, 2), x.expand(len(rows), *x.shape), out=place)
             self.written.add(k)
 
-    def _keep(self, leaf: Any, mask: int, gradients: Tensor) -> None:
+    def _keep(self, p: Tensor, mask: int, gradients: Tensor) -> None:
         """The gradients of a leaf of a set of tasks."""
-        k = self.trunk.places.get(id(leaf.variable))
+        k = self.trunk.places.get(id(p))
         if k is None:
-            self.heads += [(leaf.variable, t, one) for t, one in zip(_tasks(mask), gradients, strict=True)]
+            self.heads += [(p, t, one) for t, one in zip(_tasks(mask), gradients, strict=True)]
         else:
             self._fill(self.jacobian.slices[k], mask, gradients)
             self.written.add(k)
